@@ -1,0 +1,5 @@
+"""`python -m segpipe`: the command line."""
+
+from segpipe.cli import main
+
+main()

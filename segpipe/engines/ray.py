@@ -1,0 +1,188 @@
+"""The stages on Ray Data. The only module that imports ray.
+
+One row is one chunk, pickled, in one block of its own: a row cannot be split or merged, so retry, commit and file
+name have the same unit. Ray schedules, streams, holds back, retries lost tasks and restarts actors; nothing of a run
+is kept in it. Settings that differ from Ray's defaults say why.
+"""
+
+import logging
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from segpipe.engines import Execute, Job, OnPhase, Pool, local_cpus, size_pool
+from segpipe.errors import ConfigError
+from segpipe.models import pin_threads
+from segpipe.records import Committed, Fault
+from segpipe.shards.work import Work
+from segpipe.stages.commit import commit_chunk
+from segpipe.stages.read import read_chunks
+from segpipe.stages.segment import SegmentChunk
+
+_QUIET = {
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else a FutureWarning about GPUs on every start
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # else C++ lines about actor arguments in the object store
+    "RAY_DEDUP_LOGS": "1",
+}
+# Chunks are at most some 64 MB and only a few are in flight: Ray's own 30 % of a laptop's memory is not needed.
+_OBJECT_STORE_BYTES = 1 << 30
+# An actor leaves half a CPU of its share to the reading and writing that feed it.
+_CPUS_LEFT_TO_IO = 0.5
+_READ_CPUS = 0.25
+_COMMIT_CPUS = 0.25
+_NO_PROGRESS_S = 6 * 3600
+_COLUMN = "item"
+
+Item = TypeVar("Item")
+
+
+@contextmanager
+def open_ray(job: Job, on_phase: OnPhase) -> Iterator[Execute]:
+    """Join or start Ray, and hand out the pipeline. A Ray that was started here is stopped afterwards.
+
+    Raises:
+        ConfigError: if the cluster cannot be reached, or cannot hold the workers asked for.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # after the import, which sets it to INFO
+    if job.layout.output.scheme == "memory":
+        raise ConfigError("output.uri: memory:// is seen by one process only; use --engine inline with it")
+    started_here = _connect(job.resources.ray_address, on_phase)
+    try:
+        capacity: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # ray's
+        pool = size_pool(
+            job.resources,
+            num_cpus=capacity.get("CPU", 0),
+            num_gpus=capacity.get("GPU", 0),
+            device=job.request.device,
+        )
+        on_phase(f"loading {job.request.info.name} in {pool.num_actors} actors of {pool.threads} threads")
+        yield partial(_execute, job=job, pool=pool)
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def _connect(address: str, on_phase: OnPhase) -> bool:
+    """Use the Ray that this process already has, join one, or start one here; tell whether to stop it."""
+    import ray
+
+    if ray.is_initialized():
+        return False
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    wanted = os.environ.get("RAY_ADDRESS", "local") if address == "auto" else address
+    if wanted != "local":
+        on_phase(f"joining Ray at {wanted}")
+        try:
+            ray.init(address=wanted, **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"resources.ray_address: no Ray cluster at {wanted} ({reason})") from None
+        return True
+    on_phase("starting Ray on this machine (10 to 30 s; --engine inline needs none)")
+    ray.init(
+        address="local",
+        num_cpus=local_cpus(),
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        **options,
+    )
+    return True
+
+
+def _execute(work: Sequence[Work], *, job: Job, pool: Pool) -> Iterator[Committed | Fault]:
+    """Run one wave of work through a Ray Data pipeline and yield what was committed, as it is."""
+    import ray.data
+    from ray.data import ActorPoolStrategy, DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    # Ray packs rows into blocks of 128 MB and hands whole blocks on: with 6 MB chunks 16 would be segmented before
+    # the first is written. Below the size of any chunk, each chunk is its own block.
+    context.target_max_block_size = 1
+    # A chunk on a slow CPU may take more than Ray's half hour.
+    context.execution_no_progress_timeout_s = _NO_PROGRESS_S
+
+    chunks = ray.data.read_datasource(_work_source(work), num_cpus=_READ_CPUS, override_num_blocks=len(work))
+    segmented = chunks.map_batches(
+        _SegmentActor,
+        fn_constructor_kwargs={"job": job, "threads": pool.threads},
+        compute=ActorPoolStrategy(size=pool.num_actors),
+        num_cpus=pool.threads - _CPUS_LEFT_TO_IO,
+        num_gpus=pool.gpus or None,
+        batch_size=None,
+        batch_format="pyarrow",
+    )
+    committed = segmented.map_batches(
+        partial(_commit_block, job=job), num_cpus=_COMMIT_CPUS, batch_size=None, batch_format="pyarrow"
+    )
+    try:
+        for block in committed.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from _unpack(block)
+    except ray.exceptions.RayError as error:
+        raise _own_error(error) from error
+
+
+class _SegmentActor:
+    """Holds a loaded model in an actor of its own."""
+
+    def __init__(self, job: Job, threads: int) -> None:
+        pin_threads(job.request.info.name, threads)
+        self._segment = SegmentChunk(job.segment_settings(threads))
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        return _pack([self._segment(chunk) for chunk in _unpack(block)])
+
+
+def _commit_block(block: pa.Table, *, job: Job) -> pa.Table:
+    return _pack([commit_chunk(chunk, layout=job.layout, label=job.label) for chunk in _unpack(block)])
+
+
+def _work_source(work: Sequence[Work]) -> Any:  # noqa: ANN401  # a ray class, and ray is imported late
+    """Return a Ray datasource with one read task for each piece of work."""
+    from ray.data import Datasource, ReadTask
+    from ray.data.block import BlockMetadata
+
+    def read(item: Work) -> Iterator[pa.Table]:
+        for chunk in read_chunks(item):
+            yield _pack([chunk])
+
+    class WorkSource(Datasource):
+        def get_name(self) -> str:
+            return "segpipe"
+
+        def estimate_inmemory_data_size(self) -> int | None:
+            return None
+
+        def get_read_tasks(self, parallelism: int, *args: object, **kwargs: object) -> list[ReadTask]:  # noqa: ARG002
+            unknown = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
+            return [ReadTask(partial(read, item), unknown) for item in work]
+
+    return WorkSource()  # type: ignore[no-untyped-call]  # ray's base class has an untyped constructor
+
+
+def _pack(items: Sequence[object]) -> pa.Table:
+    rows = [pickle.dumps(item, protocol=pickle.HIGHEST_PROTOCOL) for item in items]
+    return pa.table({_COLUMN: pa.array(rows, pa.large_binary())})
+
+
+def _unpack(block: pa.Table) -> list[Any]:
+    return [pickle.loads(row.as_buffer()) for row in block[_COLUMN]]  # noqa: S301  # written by _pack in the same job
+
+
+def _own_error(error: BaseException) -> BaseException:
+    """Return the error that a stage raised, out of Ray's wrapping."""
+    inner = error
+    while getattr(inner, "cause", None) is not None:
+        inner = inner.cause  # type: ignore[attr-defined]  # RayTaskError carries what the task raised
+    return inner

@@ -1,0 +1,270 @@
+"""What is left to do: the listing of the input, minus what is committed. Listings and receipts only, never image bytes.
+
+request = check_request(config)          everything that the user may have got wrong, before anything starts
+plan = make_plan(request)                shards and chunks that are missing
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from segpipe.config import Config, fingerprint, row_settings
+from segpipe.errors import OutputError, StoreError
+from segpipe.keylists import KeyList, read_keys
+from segpipe.layout import RunLayout, chunk_name
+from segpipe.models import ModelRequest
+from segpipe.models.weights import resolve_model
+from segpipe.records import ChunkId, ListedImage, Receipt, Shard
+from segpipe.runs import RunRecord, check_output, read_receipts, read_run
+from segpipe.shards import InputListing, list_input, sample_image_bytes
+from segpipe.shards.work import ListedWork, StreamWork, Work
+from segpipe.stages.read import chunk_version
+from segpipe.storage import locate
+from segpipe.tables import RunLabel
+
+# A chunk holds 1/256 of the input, but never so little that its commit costs more than its inference, and never so
+# much that it is heavy in memory.
+_CHUNKS_PER_INPUT = 256
+_LEAST_CHUNK_IMAGES = 4
+_MOST_CHUNK_IMAGES = 1024
+_MOST_CHUNK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A checked request: what is asked for, with every name resolved.
+
+    Attributes:
+        config: as given.
+        listing: of the input.
+        model: model, weights and selection.
+        settings: what changes rows, in the form that the fingerprint is made of.
+        label: what the run's files say about it.
+        layout: where they lie.
+    """
+
+    config: Config
+    listing: InputListing
+    model: ModelRequest
+    settings: Mapping[str, object]
+    label: RunLabel
+    layout: RunLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is left to do, and what is done.
+
+    Attributes:
+        request: what is asked for.
+        record: run.json of earlier starts; None for a new run.
+        chunk_images: images a chunk, as the run was created with.
+        receipts: of committed chunks that stand, by chunk name.
+        work: what to read, in order.
+        keys: written list of a listed input, with the additions of this start.
+        changed_keys: images whose line in that list is new.
+        replaced: what was replaced since it was read, in words; not empty only where that is to be refused.
+        obsolete: receipts of chunks beyond the end of a refreshed shard that is shorter now.
+        lost_shards: shards that are gone from the input before they were read to their end.
+        new_images: images that no earlier start knew; None for a streamed input.
+        image_bytes: encoded size of a typical image.
+    """
+
+    request: Request
+    record: RunRecord | None
+    chunk_images: int
+    receipts: Mapping[str, Receipt]
+    work: tuple[Work, ...]
+    keys: KeyList = field(default_factory=KeyList)
+    changed_keys: tuple[ListedImage, ...] = ()
+    replaced: tuple[str, ...] = ()
+    obsolete: tuple[Receipt, ...] = ()
+    lost_shards: tuple[str, ...] = ()
+    new_images: int | None = None
+    image_bytes: int = 1
+
+
+def check_request(config: Config) -> Request:
+    """List the input, resolve model and weights, name the run, and look at the output.
+
+    Raises:
+        RequestError: for every mistake of the user; one line with the fix.
+        StoreError: if a store does not answer.
+    """
+    output = locate(config.output.uri, config.output.storage_options)
+    try:
+        check_output(output)
+    except StoreError as error:
+        raise OutputError(f"output.uri: cannot be used: {error}") from None
+    model = resolve_model(config.model, config.input.storage_options)
+    listing = list_input(config.input)
+    settings = _settled(config, listing, model)
+    digest = fingerprint(settings)
+    run_id = f"{model.info.name.lower()}-{digest[:8]}" if config.output.run_id == "auto" else config.output.run_id
+    label = RunLabel(run_id, digest, model.info)
+    return Request(config, listing, model, settings, label, RunLayout(output, run_id))
+
+
+def make_plan(request: Request, *, limit: int | None = None, refresh: bool = False) -> Plan:
+    """Find the chunks that are missing.
+
+    Args:
+        request: checked request.
+        limit: look at the first images only; exact for a folder or manifest that is new, else whole chunks.
+        refresh: redo what was replaced since it was read, instead of listing it in `replaced`.
+
+    Raises:
+        OutputError: if the run's name belongs to other settings, or its files are unreadable.
+        StoreError: if the store does not answer.
+    """
+    record = read_run(request.layout)
+    if record is not None:
+        _refuse_other_settings(record, request)
+    receipts = read_receipts(request.layout)
+    image_bytes = sample_image_bytes(request.listing, request.config.input)
+    chunk_images = record.chunk_images if record is not None else choose_chunk_images(request, image_bytes)
+    plan = Plan(request, record, chunk_images, receipts, (), image_bytes=image_bytes)
+    if request.listing.is_streamed:
+        return _plan_streams(plan, refresh=refresh)
+    return _plan_listed(plan, limit=limit, refresh=refresh)
+
+
+def choose_chunk_images(request: Request, image_bytes: int) -> int:
+    """Return the images a chunk of a new run: as configured, or grown with the input."""
+    asked = request.config.input.chunk_images
+    if asked != "auto":
+        return asked
+    listing = request.listing
+    sizes = [shard.version.size_bytes or 0 for shard in listing.shards]
+    num_images = len(listing.images) or sum(sizes) // image_bytes
+    most = max(_LEAST_CHUNK_IMAGES, min(_MOST_CHUNK_IMAGES, _MOST_CHUNK_BYTES // image_bytes))
+    return min(max(num_images // _CHUNKS_PER_INPUT, _LEAST_CHUNK_IMAGES), most)
+
+
+def find_obsolete(plan: Plan, receipts: Mapping[str, Receipt]) -> tuple[Receipt, ...]:
+    """Return the receipts of chunks that a refreshed, now shorter shard no longer has."""
+    return (
+        _plan_streams(replace(plan, receipts=receipts), refresh=True).obsolete
+        if plan.request.listing.is_streamed
+        else ()
+    )
+
+
+def is_complete(plan: Plan, receipts: Mapping[str, Receipt]) -> bool:
+    """Tell whether every image of the listed input is committed at its present version."""
+    if plan.lost_shards:
+        return False
+    if not plan.request.listing.is_streamed:
+        listed = {image.key for image in plan.request.listing.images}
+        chunks = _listed_chunks(plan.request, plan.keys)
+        return listed <= plan.keys.images.keys() and all(_stands(chunk, receipts) for chunk, _ in chunks)
+    return not _plan_streams(replace(plan, receipts=receipts), refresh=True).work
+
+
+def _settled(config: Config, listing: InputListing, model: ModelRequest) -> dict[str, object]:
+    """Return what changes rows with every name resolved, so that two ways to say the same are the same run."""
+    selection = model.selection
+    return {
+        **row_settings(config),
+        "input.uri": locate(config.input.uri).uri,
+        "input.format": listing.kind,
+        "model.weights": model.info.weights_sha256,
+        "model.categories": sorted(selection.category_ids or ()),
+        "model.category_thresholds": {str(key): value for key, value in sorted(selection.category_thresholds.items())},
+    }
+
+
+def _refuse_other_settings(record: RunRecord, request: Request) -> None:
+    if record.fingerprint == request.label.fingerprint:
+        return
+    wanted = {key: value for key, value in request.settings.items() if record.settings.get(key) != value}
+    differences = "; ".join(
+        f"{key} is {record.settings.get(key)!r} there, {value!r} here" for key, value in wanted.items()
+    )
+    raise OutputError(
+        f"output.run_id: {record.run_id} was made with other settings ({differences or 'or by another version'}); "
+        f"choose another run_id, or leave it out"
+    )
+
+
+# ---------------------------------------------------------------- streamed inputs: tar, Parquet
+def _plan_streams(plan: Plan, *, refresh: bool) -> Plan:
+    by_shard: dict[str, list[Receipt]] = defaultdict(list)
+    for receipt in plan.receipts.values():
+        by_shard[receipt.chunk.shard].append(receipt)
+    work: list[Work] = []
+    replaced: list[str] = []
+    obsolete: list[Receipt] = []
+    for shard in plan.request.listing.shards:
+        receipts = by_shard.pop(shard.name, [])
+        current = [receipt for receipt in receipts if receipt.chunk.version == str(shard.version)]
+        end = next((receipt.chunk.index for receipt in current if receipt.shard_num_images is not None), None)
+        done = frozenset(receipt.chunk.index for receipt in current)
+        # Beyond the end of a shard that was refreshed and is shorter now there is nothing to redo, only to remove.
+        gone = [receipt for receipt in receipts if end is not None and receipt.chunk.index > end]
+        stale = [receipt for receipt in receipts if receipt not in current and receipt not in gone]
+        obsolete += gone
+        if stale and not refresh:
+            replaced.append(f"{shard.name} was {stale[0].chunk.version}, is {shard.version}")
+        elif end is None or done != frozenset(range(end + 1)):
+            work.append(_stream_work(plan, shard, done, stale))
+    lost = [
+        name for name, receipts in by_shard.items() if all(receipt.shard_num_images is None for receipt in receipts)
+    ]
+    return replace(
+        plan, work=tuple(work), replaced=tuple(replaced), obsolete=tuple(obsolete), lost_shards=tuple(sorted(lost))
+    )
+
+
+def _stream_work(plan: Plan, shard: Shard, done: frozenset[int], stale: Sequence[Receipt]) -> StreamWork:
+    listing, config = plan.request.listing, plan.request.config.input
+    generations = {receipt.chunk.index: receipt.chunk.generation + 1 for receipt in stale}
+    return StreamWork(shard, listing.kind, config, plan.chunk_images, done, generations)
+
+
+# ---------------------------------------------------------------- listed inputs: folder, manifest
+def _plan_listed(plan: Plan, *, limit: int | None, refresh: bool) -> Plan:
+    request = plan.request
+    known = read_keys(request.layout, request.listing.root)
+    new = [image for image in request.listing.images if image.key not in known.images]
+    if limit is not None:
+        new = new[: max(0, limit - len(known.images))]
+    changed = [
+        image
+        for image in request.listing.images
+        if image.key in known.images and image.version != known.images[image.key].version
+    ]
+    committed = {chunk.index for chunk, _ in _listed_chunks(request, known) if _stands(chunk, plan.receipts)}
+    refused = [] if refresh else [image for image in changed if known.chunk_of[image.key] in committed]
+    updated = [image for image in changed if image not in refused]
+    keys = known.extended(new, updated, chunk_images=plan.chunk_images)
+    work: list[Work] = []
+    num_images = 0
+    for chunk, images in _listed_chunks(request, keys):
+        if limit is not None and num_images >= limit:
+            break
+        num_images += len(images)
+        if not _stands(chunk, plan.receipts):
+            receipt = plan.receipts.get(chunk.name)
+            work.append(ListedWork(replace(chunk, generation=receipt.chunk.generation + 1 if receipt else 1), images))
+    return replace(
+        plan,
+        work=tuple(work),
+        keys=keys,
+        changed_keys=(*new, *updated),
+        replaced=tuple(f"{image.key} was {known.images[image.key].version}, is {image.version}" for image in refused),
+        new_images=len(new),
+    )
+
+
+def _listed_chunks(request: Request, keys: KeyList) -> list[tuple[ChunkId, tuple[ListedImage, ...]]]:
+    shard = request.listing.shard_name
+    return [
+        (ChunkId(chunk_name(shard, index), shard, index, 1, chunk_version(images)), images)
+        for index, images in enumerate(keys.chunks())
+    ]
+
+
+def _stands(chunk: ChunkId, receipts: Mapping[str, Receipt]) -> bool:
+    receipt = receipts.get(chunk.name)
+    return receipt is not None and receipt.chunk.version == chunk.version

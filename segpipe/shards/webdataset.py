@@ -1,0 +1,93 @@
+"""Tar shards, plain or compressed, as a stream of images.
+
+Each member with an image's name is one image and its member name is the key; other members (labels, JSON) are
+passed over. The tar is read once, forward, one member in memory at a time.
+
+Python's tarfile ends quietly where a header is cut short, broken or missing: half a shard would be lost without a
+word. Here such an end is `ShardCorruptError`, unless the store gave fewer bytes than it had listed, which is the
+store's fault. Format: POSIX.1-2017 pax and ustar; two zero blocks end an archive.
+"""
+
+import tarfile
+from collections.abc import Callable, Iterator
+from zlib import error as ZlibError  # noqa: N812  # the name zlib gives its exception says nothing
+
+from segpipe.errors import ShardCorruptError, StoreError
+from segpipe.records import Shard
+from segpipe.shards.keys import printable
+from segpipe.shards.names import is_image_name
+from segpipe.storage import StoreStream, open_stream
+
+_BUFFER_BYTES = 1 << 20
+_BAD_BYTES = (tarfile.TarError, EOFError, ZlibError)
+
+
+class _BadHeaderError(Exception):
+    """Escapes tarfile, which swallows its own header errors."""
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """A member header that reports every end of the archive but the proper one."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_object: tarfile.TarFile) -> "_StrictTarInfo":
+        try:
+            return super().fromtarfile(tarfile_object)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # missing in typeshed; a block of zeros
+            raise
+        except tarfile.HeaderError as error:
+            raise _BadHeaderError(str(error) or type(error).__name__) from error
+
+
+def read_webdataset(shard: Shard, wanted: Callable[[int], bool]) -> Iterator[tuple[str, bytes | None]]:
+    """Yield (member name, encoded bytes) for each image of a tar, in its order.
+
+    Args:
+        shard: `.tar`, or compressed with gzip, bzip2 or xz.
+        wanted: tells whether the bytes of the image at this position are needed; others come as None.
+
+    Raises:
+        ShardCorruptError: where the bytes cannot be read any further.
+        StoreError: if the store does not answer, or gives less than it listed.
+    """
+    with open_stream(shard.location) as stream:
+        try:
+            with tarfile.open(fileobj=stream, mode="r|*", bufsize=_BUFFER_BYTES, tarinfo=_StrictTarInfo) as tar:
+                yield from _read_members(tar, wanted)
+        except (_BadHeaderError, *_BAD_BYTES) as error:
+            _refuse_short_read(shard, stream)
+            raise ShardCorruptError("TruncatedShard", _describe(error)) from error
+
+
+def _read_members(tar: tarfile.TarFile, wanted: Callable[[int], bool]) -> Iterator[tuple[str, bytes | None]]:
+    ordinal = 0
+    for member in tar:
+        tar.members.clear()  # type: ignore[attr-defined]  # missing in typeshed; tarfile keeps every header it has seen, 1 kB each
+        if not member.isreg() or not is_image_name(member.name):
+            continue
+        data = None
+        if wanted(ordinal):
+            file = tar.extractfile(member)
+            data = file.read() if file is not None else b""
+            if len(data) < member.size:
+                raise tarfile.ReadError(
+                    f"member {printable(member.name)!r} ends after {len(data)} of {member.size} bytes"
+                )
+        yield printable(member.name).removeprefix("./"), data
+        ordinal += 1
+
+
+def _refuse_short_read(shard: Shard, stream: StoreStream) -> None:
+    """Blame the store, not the shard, where it gave fewer bytes than it had listed."""
+    listed = shard.version.size_bytes
+    if listed is not None and stream.furthest < listed and not stream.read(1):
+        raise StoreError(f"{shard.location.uri}: ends after {stream.furthest:,} bytes, the listing said {listed:,}")
+
+
+def _describe(error: BaseException) -> str:
+    text = {
+        "empty header": "ends without the two zero blocks of a complete archive",
+        "truncated header": "ends in the middle of a member's header",
+        "bad checksum": "a member's header is damaged",
+    }.get(str(error), str(error) or type(error).__name__)
+    return f"the archive cannot be read any further: {text}"
