@@ -128,7 +128,8 @@ def print_summary(summary: RunSummary) -> None:
         "instances", f"{totals.instances:,}" + (f" ({totals.capped:,} images capped)" if totals.capped else "")
     )
     speed = f", {new.images / summary.elapsed_s:.3g} images/s start-up included" if new.images else ""
-    table.add_row("this start", f"{new.images:,} images in {duration(summary.elapsed_s)}{speed}")
+    nothing = "nothing to do, everything is committed" if not new.images and not summary.faults else ""
+    table.add_row("this start", nothing or f"{new.images:,} images in {duration(summary.elapsed_s)}{speed}")
     if summary.skipped:
         table.add_row("skipped", f"{summary.skipped:,} images that earlier starts had committed")
     _print(table)

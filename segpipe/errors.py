@@ -5,7 +5,8 @@
     │   ├── ConfigError     a setting is unknown, of the wrong type or out of range
     │   ├── InputError      the input is missing, empty or of no known kind
     │   ├── WeightsError    the weights cannot be had or do not fit the model
-    │   ├── OutputError     the output belongs to another tool, version or run
+    │   ├── OutputError     the output belongs to another tool, version or run, or cannot be written
+    │   ├── PlaceError      no store answers to a URI of this kind
     │   └── RunLockedError  another process is working on the same run
     ├── StoreError          storage or network fault that outlived its retries
     ├── LeaseLostError      another process took this run over
@@ -40,6 +41,10 @@ class WeightsError(RequestError):
 
 class OutputError(RequestError):
     """The output place belongs to another tool, a newer version or another configuration."""
+
+
+class PlaceError(RequestError):
+    """No store answers to a URI of this kind: the scheme is unknown, or its client is not installed."""
 
 
 class RunLockedError(RequestError):

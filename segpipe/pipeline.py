@@ -10,12 +10,13 @@ The engine does the three in the middle, chunk by chunk.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
 
 from segpipe.config import Config
 from segpipe.engines import Job, open_engine
-from segpipe.errors import LeaseLostError, OutputError
+from segpipe.errors import LeaseLostError, OutputError, StoreError
 from segpipe.keylists import write_keys
 from segpipe.lease import hold_lease
 from segpipe.planning import Plan, Request, check_request, find_obsolete, is_complete, make_plan
@@ -49,7 +50,11 @@ def run(
     """
     on_progress(Progress("listing the input"))
     request = check_request(config)
-    with hold_lease(request.layout.lease_file, lambda text: on_progress(Progress(text))) as lease:
+    with ExitStack() as stack:
+        try:
+            lease = stack.enter_context(hold_lease(request.layout.lease_file, lambda text: on_progress(Progress(text))))
+        except StoreError as error:
+            raise OutputError(f"output.uri: cannot be written: {error}") from None
         plan = make_plan(request, limit=limit, refresh=refresh)
         _refuse_replaced(plan)
         record = _begin(plan)

@@ -92,6 +92,8 @@ def check_request(config: Config) -> Request:
         StoreError: if a store does not answer.
     """
     output = locate(config.output.uri, config.output.storage_options)
+    if f"{output.uri}/".startswith(f"{locate(config.input.uri).uri}/"):
+        raise OutputError(f"output.uri: {output.uri} lies inside the input; choose a folder beside it")
     try:
         check_output(output)
     except StoreError as error:

@@ -1,5 +1,6 @@
 """How far a run is, and how it ended: counts for people and programs. Draws nothing."""
 
+import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -10,6 +11,8 @@ from segpipe.planning import Plan
 from segpipe.records import Committed, Fault, Receipt
 from segpipe.runs import State, Totals, sum_receipts
 from segpipe.shards.work import ListedWork
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +113,14 @@ class Tally:
     def add(self, outcome: Committed | Fault) -> None:
         """Count a chunk that was committed or left pending."""
         if isinstance(outcome, Fault):
+            logger.warning("pending=%s stage=%s reason=%s", outcome.where, outcome.stage, outcome.message)
             self.faults.append(outcome)
         else:
             receipt = outcome.receipt
+            logger.info(
+                "chunk=%s images=%d failed=%d instances=%d",
+                receipt.chunk.name, receipt.num_images, receipt.num_failed, receipt.num_instances,
+            )  # fmt: skip
             self._committed = self._committed.plus(receipt)
             self.receipts[receipt.chunk.name] = receipt
             for stage, seconds in outcome.seconds.items():

@@ -20,7 +20,8 @@ from segpipe.overlay import draw_overlay
 from segpipe.pipeline import run
 from segpipe.progress import OnProgress, RunSummary
 from segpipe.records import ChunkId, EncodedChunk, EncodedImage, Fault
-from segpipe.stages.segment import SegmentChunk, SegmentSettings
+from segpipe.stages import SegmentSettings
+from segpipe.stages.segment import SegmentChunk
 from segpipe.storage import locate, read_bytes
 
 # Real photographs that packages ship: package, folder, file. Licences: public domain or CC0.

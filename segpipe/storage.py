@@ -19,7 +19,7 @@ import fsspec.core
 from fsspec.implementations.local import LocalFileSystem
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from segpipe.errors import StoreError
+from segpipe.errors import PlaceError, StoreError
 from segpipe.records import Location
 
 Result = TypeVar("Result")
@@ -101,15 +101,21 @@ def delete(places: Sequence[Location]) -> None:
 
 
 @contextmanager
-def open_stream(place: Location) -> Iterator["StoreStream"]:
+def open_stream(place: Location, *, listed_bytes: int | None = None) -> Iterator["StoreStream"]:
     """Open a file for reading from its beginning.
+
+    Args:
+        place: of the file.
+        listed_bytes: size that a listing gave, None if unknown.
 
     Raises:
         FileNotFoundError: if it does not exist.
-        StoreError: if the store does not answer, now or in a later read.
+        StoreError: if it has another size now, or the store does not answer, now or in a later read.
     """
     raw = attempt(place, lambda: filesystem(place).open(path_of(place), "rb"))
     try:
+        if listed_bytes is not None and raw.size not in (None, listed_bytes):
+            raise StoreError(f"{place.uri}: has {raw.size:,} bytes, the listing said {listed_bytes:,}; it was replaced")
         yield StoreStream(raw, place)
     finally:
         raw.close()
@@ -118,21 +124,22 @@ def open_stream(place: Location) -> Iterator["StoreStream"]:
 class StoreStream(io.RawIOBase):
     """A readable, seekable file whose faults are `StoreError`, so that no format library takes them for bad bytes.
 
-    Attributes:
-        furthest: highest position read so far; below the listed size at the end of file, the store cut it short.
+    That includes a store which gives less than was asked for before the end of the file.
     """
 
     def __init__(self, raw: IO[bytes], place: Location) -> None:
         super().__init__()
         self._raw = raw
         self._place = place
-        self.furthest = 0
 
     def read(self, size: int | None = -1) -> bytes:
-        """Read up to `size` bytes, all that is left if negative."""
+        """Read `size` bytes, or all that is left if there are fewer, or if it is negative."""
+        asked = -1 if size is None else size
         with _faults(self._place):
-            content: bytes = self._raw.read(-1 if size is None else size)
-            self.furthest = max(self.furthest, self._raw.tell())
+            content: bytes = self._raw.read(asked)
+            position, end = self._raw.tell(), getattr(self._raw, "size", None)
+        if len(content) < asked and end is not None and position < end:
+            raise StoreError(f"{self._place.uri}: gave {len(content):,} of {asked:,} bytes before its end at {end:,}")
         return content
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
@@ -154,16 +161,28 @@ class StoreStream(io.RawIOBase):
 
 
 def filesystem(place: Location) -> Any:  # noqa: ANN401  # fsspec has no types
-    """Return the fsspec file system of a place; one instance a process and set of options."""
-    if place.is_local:
-        return LocalFileSystem()
-    # A cached listing would hide what another process has written since.
-    return fsspec.core.url_to_fs(place.uri, use_listings_cache=False, **place.options)[0]
+    """Return the fsspec file system of a place; one instance a process and set of options.
+
+    Raises:
+        PlaceError: if the scheme is unknown, or its client is not installed.
+    """
+    return _resolve(place)[0]
 
 
 def path_of(place: Location) -> str:
     """Return the path of a place within its file system."""
-    return place.uri if place.is_local else str(fsspec.core.url_to_fs(place.uri, **place.options)[1])
+    return _resolve(place)[1]
+
+
+def _resolve(place: Location) -> tuple[Any, str]:
+    if place.is_local:
+        return LocalFileSystem(), place.uri
+    try:
+        # A cached listing would hide what another process has written since.
+        store, path = fsspec.core.url_to_fs(place.uri, use_listings_cache=False, **place.options)
+    except (ValueError, ImportError) as error:
+        raise PlaceError(f"{place.uri}: cannot be reached: {' '.join(str(error).split())}") from None
+    return store, str(path)
 
 
 def _write_local(place: Location, content: bytes) -> None:

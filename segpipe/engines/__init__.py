@@ -15,7 +15,7 @@ from segpipe.layout import RunLayout
 from segpipe.models import ModelRequest
 from segpipe.records import Committed, Fault
 from segpipe.shards.work import Work
-from segpipe.stages.segment import SegmentSettings
+from segpipe.stages import SegmentSettings
 from segpipe.tables import RunLabel
 
 Execute = Callable[[Sequence[Work]], Iterator[Committed | Fault]]

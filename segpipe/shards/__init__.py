@@ -22,7 +22,7 @@ from segpipe.shards.manifest import read_manifest
 from segpipe.shards.names import is_image_name, is_manifest_name, is_parquet_name, is_tar_name
 from segpipe.shards.parquet import has_image_column, read_parquet
 from segpipe.shards.webdataset import read_webdataset
-from segpipe.storage import locate
+from segpipe.storage import filesystem, locate
 
 InputKind = Literal["folder", "webdataset", "parquet", "manifest"]
 Reader = Callable[[Shard, Callable[[int], bool]], Iterator[tuple[str, bytes | None]]]
@@ -111,6 +111,8 @@ def _list_kind(config: InputConfig, place: Location, files: list[StoredFile]) ->
         if len(files) != 1 or not is_manifest_name(files[0].name):
             raise InputError(f"input.uri: a manifest is one .txt, .csv, .jsonl or .parquet file, got {place.uri}")
         images = read_manifest(files[0].location, column=config.image_column)
+        for image in {image.location.scheme: image for image in images}.values():
+            filesystem(image.location)  # an unknown scheme is the manifest's mistake, not the image's
         return InputListing(kind, place.parent, images=tuple(images), shard_name=place.name)
     root = _root(place, files)
     belongs = {"folder": is_image_name, "webdataset": is_tar_name, "parquet": is_parquet_name}[kind]

@@ -45,7 +45,7 @@ def read_parquet(
         ShardCorruptError: where the bytes cannot be read any further.
         StoreError: if the store does not answer.
     """
-    with open_stream(shard.location) as stream:
+    with open_stream(shard.location, listed_bytes=shard.version.size_bytes) as stream:
         try:
             file = pq.ParquetFile(pa.PythonFile(stream, mode="r"), pre_buffer=False)
         except (pa.ArrowException, OSError, EOFError) as error:

@@ -4,19 +4,19 @@ Each member with an image's name is one image and its member name is the key; ot
 passed over. The tar is read once, forward, one member in memory at a time.
 
 Python's tarfile ends quietly where a header is cut short, broken or missing: half a shard would be lost without a
-word. Here such an end is `ShardCorruptError`, unless the store gave fewer bytes than it had listed, which is the
-store's fault. Format: POSIX.1-2017 pax and ustar; two zero blocks end an archive.
+word. Here such an end is `ShardCorruptError`. (A store that gives fewer bytes than it should is `StoreError` before
+tarfile sees it.) Format: POSIX.1-2017 pax and ustar; two zero blocks end an archive.
 """
 
 import tarfile
 from collections.abc import Callable, Iterator
 from zlib import error as ZlibError  # noqa: N812  # the name zlib gives its exception says nothing
 
-from segpipe.errors import ShardCorruptError, StoreError
+from segpipe.errors import ShardCorruptError
 from segpipe.records import Shard
 from segpipe.shards.keys import printable
 from segpipe.shards.names import is_image_name
-from segpipe.storage import StoreStream, open_stream
+from segpipe.storage import open_stream
 
 _BUFFER_BYTES = 1 << 20
 _BAD_BYTES = (tarfile.TarError, EOFError, ZlibError)
@@ -50,12 +50,11 @@ def read_webdataset(shard: Shard, wanted: Callable[[int], bool]) -> Iterator[tup
         ShardCorruptError: where the bytes cannot be read any further.
         StoreError: if the store does not answer, or gives less than it listed.
     """
-    with open_stream(shard.location) as stream:
+    with open_stream(shard.location, listed_bytes=shard.version.size_bytes) as stream:
         try:
             with tarfile.open(fileobj=stream, mode="r|*", bufsize=_BUFFER_BYTES, tarinfo=_StrictTarInfo) as tar:
                 yield from _read_members(tar, wanted)
         except (_BadHeaderError, *_BAD_BYTES) as error:
-            _refuse_short_read(shard, stream)
             raise ShardCorruptError("TruncatedShard", _describe(error)) from error
 
 
@@ -75,13 +74,6 @@ def _read_members(tar: tarfile.TarFile, wanted: Callable[[int], bool]) -> Iterat
                 )
         yield printable(member.name).removeprefix("./"), data
         ordinal += 1
-
-
-def _refuse_short_read(shard: Shard, stream: StoreStream) -> None:
-    """Blame the store, not the shard, where it gave fewer bytes than it had listed."""
-    listed = shard.version.size_bytes
-    if listed is not None and stream.furthest < listed and not stream.read(1):
-        raise StoreError(f"{shard.location.uri}: ends after {stream.furthest:,} bytes, the listing said {listed:,}")
 
 
 def _describe(error: BaseException) -> str:

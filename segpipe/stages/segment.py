@@ -13,30 +13,14 @@ from segpipe.detections import Frame, Prediction
 from segpipe.errors import ImageRejectedError
 from segpipe.images import decode_image, stable_text
 from segpipe.masks.grids import choose_encoder
-from segpipe.models import ModelRequest, Segmenter, is_machine_fault, load_segmenter
+from segpipe.models import Segmenter, is_machine_fault, load_segmenter
 from segpipe.records import EncodedChunk, EncodedImage, Fault, ImageFailure, ImageHeader, SegmentedChunk
 from segpipe.rows import failed_image_row, image_row, instances_table
+from segpipe.stages import SegmentSettings
 from segpipe.tables import IMAGES_SCHEMA, INSTANCES_SCHEMA
 
 # Prepared images that may wait for others of their shape, in batches: 4 batches of 16 at 800 x 1333 are 0.8 GB.
 _MAX_WAITING_BATCHES = 4
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentSettings:
-    """What the segment stage needs to know; travels to the workers.
-
-    Attributes:
-        request: model, weights and selection.
-        max_pixels: refuse larger images.
-        allow_truncated: decode what there is of a file that was cut short.
-        threads: CPU threads of one worker.
-    """
-
-    request: ModelRequest
-    max_pixels: int
-    allow_truncated: bool
-    threads: int
 
 
 @dataclass(frozen=True, slots=True)
