@@ -1,6 +1,5 @@
 """What a run would do, and how far the runs of a lake are. Listings, run.json and receipts; nothing is written."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from segpipe.config import Config
@@ -9,7 +8,7 @@ from segpipe.lake import list_chosen_runs
 from segpipe.layout import RunLayout
 from segpipe.lease import is_alive, read_holder
 from segpipe.models import MODELS
-from segpipe.planning import Plan, check_request, make_plan
+from segpipe.planning import check_request, expect_images, find_ends, make_plan
 from segpipe.runs import RunRecord, Totals, read_receipts, read_run, sum_receipts
 from segpipe.shards.work import ListedWork
 from segpipe.storage import locate
@@ -113,7 +112,7 @@ def plan(config: Config, *, limit: int | None = None, refresh: bool = False) -> 
     found = make_plan(request, limit=limit, refresh=refresh)
     listing = request.listing
     sizes = [entry.version.size_bytes for entry in (listing.shards or listing.images)]
-    num_images, is_estimate = _count_images(found)
+    num_images, is_estimate = expect_images(found, find_ends(found.receipts.values()))
     committed = sum_receipts(found.receipts.values())
     if listing.is_streamed:
         num_pending = max(0, num_images - committed.images) if found.work else 0
@@ -157,16 +156,6 @@ def list_models() -> list[ModelSummary]:
         ModelSummary(name, model.summary, tuple(model.weight_files), model.weights_note, model.licence)
         for name, model in MODELS.items()
     ]
-
-
-def _count_images(found: Plan) -> tuple[int, bool]:
-    """Count the images of the input: exact for a listing and for shards read to their end, else from bytes."""
-    listing = found.request.listing
-    if not listing.is_streamed:
-        return len(listing.images), False
-    ends = {r.chunk.shard: r.shard_num_images for r in found.receipts.values() if r.shard_num_images is not None}
-    unread: Sequence[int] = [shard.version.size_bytes or 0 for shard in listing.shards if shard.name not in ends]
-    return sum(ends.values()) + sum(unread) // found.image_bytes, bool(unread)
 
 
 def _speed(record: RunRecord | None) -> float | None:

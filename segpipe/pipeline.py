@@ -53,8 +53,8 @@ def run(
     with ExitStack() as stack:
         try:
             lease = stack.enter_context(hold_lease(request.layout.lease_file, lambda text: on_progress(Progress(text))))
-        except StoreError as error:
-            raise OutputError(f"output.uri: cannot be written: {error}") from None
+        except (StoreError, OSError) as error:
+            raise OutputError(f"output.uri: {request.layout.output.uri} cannot be written: {error}") from None
         plan = make_plan(request, limit=limit, refresh=refresh)
         _refuse_replaced(plan)
         record = _begin(plan)

@@ -5,7 +5,7 @@ plan = make_plan(request)                shards and chunks that are missing
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from segpipe.config import Config, fingerprint, row_settings
@@ -141,6 +141,29 @@ def choose_chunk_images(request: Request, image_bytes: int) -> int:
     num_images = len(listing.images) or sum(sizes) // image_bytes
     most = max(_LEAST_CHUNK_IMAGES, min(_MOST_CHUNK_IMAGES, _MOST_CHUNK_BYTES // image_bytes))
     return min(max(num_images // _CHUNKS_PER_INPUT, _LEAST_CHUNK_IMAGES), most)
+
+
+def expect_images(plan: Plan, ends: Mapping[str, Receipt]) -> tuple[int, bool]:
+    """Return the images of the whole input, and whether that is a guess from bytes.
+
+    Args:
+        plan: with the listing.
+        ends: shard name to the receipt of its last chunk, for shards that were read to their end.
+    """
+    listing = plan.request.listing
+    if not listing.is_streamed:
+        return max(len(listing.images), len(plan.keys.images)), False
+    sizes = {shard.name: shard.version.size_bytes or 0 for shard in listing.shards}
+    read_images = sum(receipt.shard_num_images or 0 for receipt in ends.values())
+    read_bytes = sum(sizes.get(name, 0) for name in ends)
+    unread_bytes = sum(size for name, size in sizes.items() if name not in ends)
+    image_bytes = read_bytes / read_images if read_images and read_bytes else plan.image_bytes
+    return read_images + round(unread_bytes / image_bytes), not sizes.keys() <= ends.keys()
+
+
+def find_ends(receipts: Iterable[Receipt]) -> dict[str, Receipt]:
+    """Return the receipt of the last chunk of each shard that was read to its end."""
+    return {receipt.chunk.shard: receipt for receipt in receipts if receipt.shard_num_images is not None}
 
 
 def find_obsolete(plan: Plan, receipts: Mapping[str, Receipt]) -> tuple[Receipt, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from segpipe.layout import chunk_name
-from segpipe.planning import Plan
+from segpipe.planning import Plan, expect_images, find_ends
 from segpipe.records import Committed, Fault, Receipt
 from segpipe.runs import State, Totals, sum_receipts
 from segpipe.shards.work import ListedWork
@@ -104,7 +104,7 @@ class Tally:
         self._skipped = sum_receipts(plan.receipts.values()).images - _images_to_redo(plan)
         self._started = time.perf_counter()
         self._first: tuple[float, int] | None = None
-        self._ends = {receipt.chunk.shard: receipt for receipt in plan.receipts.values() if _is_end(receipt)}
+        self._ends = find_ends(plan.receipts.values())
 
     def enter(self, phase: str) -> None:
         """Tell that the run waits for something before work begins."""
@@ -125,8 +125,7 @@ class Tally:
             self.receipts[receipt.chunk.name] = receipt
             for stage, seconds in outcome.seconds.items():
                 self._seconds[stage] += seconds
-            if _is_end(receipt):
-                self._ends[receipt.chunk.shard] = receipt
+            self._ends.update(find_ends([receipt]))
         expected, is_estimate = self._expect()
         progress = Progress(
             "segmenting",
@@ -148,16 +147,11 @@ class Tally:
         return (self._committed.images - images) / (elapsed - since) if elapsed > since else None
 
     def _expect(self) -> tuple[int, bool]:
-        """Return the images of the input, and whether that is a guess from the bytes of shards not yet read."""
-        listing = self._plan.request.listing
-        if not listing.is_streamed:
-            return len(self._plan.keys.images), False
-        unread_bytes = sum(shard.version.size_bytes or 0 for shard in listing.shards if shard.name not in self._ends)
-        read_images = sum(receipt.shard_num_images or 0 for receipt in self._ends.values())
-        expected = read_images + unread_bytes // self._plan.image_bytes
+        """Return the images to expect, never fewer than there are, and whether that is a guess."""
+        expected, is_estimate = expect_images(self._plan, self._ends)
         if self._limit is not None:
             expected = min(expected, self._limit)
-        return max(expected, self._skipped + self._committed.images), len(self._ends) < len(listing.shards)
+        return max(expected, self._skipped + self._committed.images), is_estimate
 
     def forget(self, receipts: Iterable[Receipt]) -> None:
         """Drop receipts whose files are gone."""
@@ -192,10 +186,6 @@ class Tally:
             elapsed_s=time.perf_counter() - self._started,
             seconds=dict(self._seconds),
         )
-
-
-def _is_end(receipt: Receipt) -> bool:
-    return receipt.shard_num_images is not None
 
 
 def _images_to_redo(plan: Plan) -> int:

@@ -17,14 +17,20 @@ CELL = 16
 
 
 def cells(colors: Iterable[str | None], *, columns: int = 4) -> np.ndarray:
-    """Return an image with one 16 px cell for each name; None leaves a grey cell, in which `blank` finds nothing."""
+    """Return an image with one 16 px cell for each name; None leaves a grey cell, in which `blank` finds nothing.
+
+    Neighbouring cells differ in strength, so their instances differ in score.
+    """
     names = list(colors)
     rows = max(1, -(-len(names) // columns))
     image = np.full((rows * CELL, columns * CELL, 3), 128, np.uint8)
     for index, name in enumerate(names):
         if name is not None:
             row, column = divmod(index, columns)
-            image[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL] = COLORS[name]
+            strength = 1 - 0.03 * (index % 9)
+            image[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL] = np.multiply(
+                COLORS[name], strength
+            )
     return image
 
 

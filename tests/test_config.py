@@ -82,7 +82,10 @@ def test_settings_win_over_the_file(tmp_path):
         ({**BASE, "model.batch_size": 0}, "model.batch_size: 0 is not allowed. Allowed: images of one padded shape"),
         ({**BASE, "model.max_instances": True}, "model.max_instances: True is not allowed."),
         ({**BASE, "model.category_thresholds": {"a": 3}}, "model.category_thresholds: 3 is not allowed."),
-        ({**BASE, "output.run_id": "2026-11-22"}, "output.run_id: '2026-11-22' is not allowed. Allowed: name of the run"),
+        (
+            {**BASE, "output.run_id": "2026-11-22"},
+            "output.run_id: '2026-11-22' is not allowed. Allowed: name of the run",
+        ),
         ({**BASE, "output.run_id": "Mine"}, "output.run_id: 'Mine' is not allowed."),
         ({**BASE, "input.uri": ""}, "input.uri: '' is not allowed."),
         ({**BASE, "resources.engine": "spark"}, "resources.engine: 'spark' is not allowed. Allowed: ray: actors"),

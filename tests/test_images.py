@@ -6,10 +6,10 @@ import warnings
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from tests.factory import encode
 
 from segpipe.errors import ImageRejectedError
 from segpipe.images import decode_image, stable_text
+from tests.factory import encode
 
 MAX_PIXELS = 200_000_000
 
@@ -178,7 +178,7 @@ def test_pillows_global_settings_are_put_back(scene):
     decode(encode(scene), allow_truncated=True)
     with pytest.raises(ImageRejectedError):
         decode(b"nothing")
-    assert (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES) == before
+    assert before == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
 
 
 def test_lack_of_memory_is_not_the_images_fault(scene, monkeypatch):

@@ -24,7 +24,9 @@ def reference(probs, boxes, height, width, threshold=0.5):
         if x1 < 0 or y1 < 0 or x0 >= width or y0 >= height:
             mask = np.zeros((height, width), np.uint8)  # torchvision's paste crashes on a box off the image
         else:
-            pasted = paste_masks_in_image(torch.from_numpy(prob[None, None]), torch.from_numpy(box[None]), (height, width))
+            pasted = paste_masks_in_image(
+                torch.from_numpy(prob[None, None]), torch.from_numpy(box[None]), (height, width)
+            )
             mask = (pasted[0, 0] > threshold).numpy().astype(np.uint8)
         codes.append(coco_mask.encode(np.asfortranarray(mask))["counts"].decode())
     return codes
@@ -83,8 +85,16 @@ def test_edge_masks_equal_paste_threshold_and_pycocotools(size):
     rng = np.random.default_rng(height * width)
     full = [0, 0, width, height]
     boxes = [full, full, full, full, [0, 0, width / 2, height], [0, 0, width, height / 2], [0, 0, 1, 1]]
-    boxes += [[width - 1, height - 1, width, height], [0, 0, 0.5, 0.5], [width * 0.3, height * 0.3, width * 0.31, height * 0.31]]
-    boxes += [[-5, -7, width + 9, height + 4], [-width, 0, width / 2, height], [width * 0.2, -height, width * 0.4, 2 * height]]
+    boxes += [
+        [width - 1, height - 1, width, height],
+        [0, 0, 0.5, 0.5],
+        [width * 0.3, height * 0.3, width * 0.31, height * 0.31],
+    ]
+    boxes += [
+        [-5, -7, width + 9, height + 4],
+        [-width, 0, width / 2, height],
+        [width * 0.2, -height, width * 0.4, 2 * height],
+    ]
     boxes += [[width + 40, 0, width + 60, 9], [0, -60, 9, -40]]
     probs = [np.ones((28, 28)), np.zeros((28, 28)), np.full((28, 28), 0.5), rng.random((28, 28))]
     probs += [np.ones((28, 28)) if index % 2 else rng.random((28, 28)).round() for index in range(len(boxes) - 4)]
@@ -98,9 +108,7 @@ def test_the_mask_threshold_is_the_one_that_is_asked_for(threshold):
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    st.integers(1, 90), st.integers(1, 90), st.integers(0, 2**32 - 1), st.sampled_from(["noise", "binary", "half"])
-)
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(0, 2**32 - 1), st.sampled_from(["noise", "binary", "half"]))
 def test_any_box_and_any_mask_equal_paste_threshold_and_pycocotools(height, width, seed, kind):
     rng = np.random.default_rng(seed)
     probs = rng.random((6, 28, 28), dtype=np.float32)

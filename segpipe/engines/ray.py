@@ -13,16 +13,19 @@ import os
 import pickle
 import signal
 import threading
+import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from segpipe.engines import Execute, Job, OnPhase, Pool, local_cpus, size_pool
 from segpipe.errors import ConfigError
-from segpipe.records import Committed, Fault
+from segpipe.records import Committed, EncodedChunk, Fault
 from segpipe.shards.work import Work
 
 _QUIET = {
@@ -31,6 +34,9 @@ _QUIET = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # else C++ lines about actor arguments in the object store
     "RAY_DEDUP_LOGS": "1",
 }
+if TYPE_CHECKING:
+    from segpipe.stages.segment import SegmentChunk
+
 # Chunks are at most some 64 MB and only a few are in flight: Ray's own 30 % of a laptop's memory is not needed.
 _OBJECT_STORE_BYTES = 1 << 30
 # An actor leaves half a CPU of its share to the read tasks that feed it.
@@ -38,8 +44,6 @@ _CPUS_LEFT_TO_READING = 0.5
 _READ_CPUS = 0.25
 _NO_PROGRESS_S = 6 * 3600
 _COLUMN = "item"
-
-Item = TypeVar("Item")
 
 
 @contextmanager
@@ -55,7 +59,8 @@ def open_ray(job: Job, on_phase: OnPhase) -> Iterator[Execute]:
     import ray
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # after the import, which sets it to INFO
+    # After the import, which sets it to INFO. What fails is raised here; Ray would print it twice more.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     if job.layout.output.scheme == "memory":
         raise ConfigError("output.uri: memory:// is seen by one process only; use --engine inline with it")
     with _own_signals():
@@ -113,7 +118,6 @@ def _connect(address: str, on_phase: OnPhase) -> bool:
 
 def _execute(work: Sequence[Work], *, job: Job, pool: Pool) -> Iterator[Committed | Fault]:
     """Run one wave of work through a Ray Data pipeline and yield what was committed, as it is."""
-    import ray
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext
 
@@ -135,29 +139,53 @@ def _execute(work: Sequence[Work], *, job: Job, pool: Pool) -> Iterator[Committe
         batch_size=None,
         batch_format="pyarrow",
     )
-    try:
+    with warnings.catch_warnings():
+        # Ray warns of actors without work; how many chunks a shard has is known when it was read.
+        warnings.filterwarnings("ignore", message="The minimum number of concurrent actors", category=UserWarning)
         for block in committed.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            yield from _unpack(block)
-    except ray.exceptions.RayError as error:
-        raise _own_error(error) from error
+            for outcome in _unpack(block):
+                if isinstance(outcome, _Raised):
+                    raise outcome.error
+                yield outcome
+
+
+@dataclass(frozen=True, slots=True)
+class _Raised:
+    """What a stage raised, on its way to the driver, which raises it again: Ray would hand on its text alone."""
+
+    error: Exception
+
+
+def _raised(error: Exception) -> _Raised:
+    error.add_note("".join(traceback.format_exception(error)).rstrip())
+    return _Raised(error)
 
 
 class _ChunkActor:
-    """Holds a loaded model; segments chunks and commits them."""
+    """Holds a model; segments chunks and commits them. The model is loaded with the first chunk."""
 
     def __init__(self, job: Job, threads: int) -> None:
-        from segpipe.models import pin_threads
-        from segpipe.stages.segment import SegmentChunk
-
-        pin_threads(job.request.info.name, threads)
-        self._segment = SegmentChunk(job.segment_settings(threads))
         self._job = job
+        self._threads = threads
+        self._segment: SegmentChunk | None = None
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        from segpipe.stages.commit import commit_chunk
+        try:
+            return _pack([self._process(item) for item in _unpack(block)])
+        except Exception as error:  # noqa: BLE001  # raised again by the driver
+            return _pack([_raised(error)])
 
-        chunks = (self._segment(chunk) for chunk in _unpack(block))
-        return _pack([commit_chunk(chunk, layout=self._job.layout, label=self._job.label) for chunk in chunks])
+    def _process(self, item: EncodedChunk | Fault | _Raised) -> Committed | Fault | _Raised:
+        from segpipe.models import pin_threads
+        from segpipe.stages.commit import commit_chunk
+        from segpipe.stages.segment import SegmentChunk
+
+        if isinstance(item, _Raised):
+            return item
+        if self._segment is None:
+            pin_threads(self._job.request.info.name, self._threads)
+            self._segment = SegmentChunk(self._job.segment_settings(self._threads))
+        return commit_chunk(self._segment(item), layout=self._job.layout, label=self._job.label)
 
 
 def _work_source(work: Sequence[Work]) -> Any:  # noqa: ANN401  # a ray class, and ray is imported late
@@ -168,8 +196,11 @@ def _work_source(work: Sequence[Work]) -> Any:  # noqa: ANN401  # a ray class, a
     def read(item: Work) -> Iterator[pa.Table]:
         from segpipe.stages.read import read_chunks
 
-        for chunk in read_chunks(item):
-            yield _pack([chunk])
+        try:
+            for chunk in read_chunks(item):
+                yield _pack([chunk])
+        except Exception as error:  # noqa: BLE001  # raised again by the driver
+            yield _pack([_raised(error)])
 
     class WorkSource(Datasource):
         def get_name(self) -> str:
@@ -192,11 +223,3 @@ def _pack(items: Sequence[object]) -> pa.Table:
 
 def _unpack(block: pa.Table) -> list[Any]:
     return [pickle.loads(row.as_buffer()) for row in block[_COLUMN]]  # noqa: S301  # written by _pack in the same job
-
-
-def _own_error(error: BaseException) -> BaseException:
-    """Return the error that a stage raised, out of Ray's wrapping."""
-    inner = error
-    while getattr(inner, "cause", None) is not None:
-        inner = inner.cause  # type: ignore[attr-defined]  # RayTaskError carries what the task raised
-    return inner

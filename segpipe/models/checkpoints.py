@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 import uuid
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,9 @@ def load_tensors(path: Path) -> tuple[dict[str, "torch.Tensor"], Mapping[str, An
 
         return load_file(path), {}
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch doubts old pickles and asks to file an issue
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, struct.error) as error:
         reason = " ".join(str(error).split())[:160]
         raise WeightsError(

@@ -30,6 +30,8 @@ Reader = Callable[[Shard, Callable[[int], bool]], Iterator[tuple[str, bytes | No
 FOLDER_SHARD = "."
 _SAMPLE_IMAGES = 16
 _USUAL_IMAGE_BYTES = 256 << 10
+# A tar member has a header of 512 bytes and is filled up to a multiple of 512: half of that on average.
+_OVERHEAD_BYTES = {"webdataset": 768, "parquet": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +89,13 @@ def reader_for(kind: InputKind, config: InputConfig) -> Reader:
 
 
 def sample_image_bytes(listing: InputListing, config: InputConfig) -> int:
-    """Return the encoded bytes of a typical image, at least 1: from the listing, or the first images of a shard."""
+    """Return the stored bytes of a typical image, at least 1: from the listing, or the first images of a shard."""
     sizes = [image.version.size_bytes for image in listing.images if image.version.size_bytes is not None]
     if listing.is_streamed:
         reader = reader_for(listing.kind, config)
         with suppress(ShardCorruptError, InputError, StoreError, FileNotFoundError):
             sampled = islice(reader(listing.shards[0], lambda position: position < _SAMPLE_IMAGES), _SAMPLE_IMAGES)
-            sizes = [len(data) for _, data in sampled if data]
+            sizes = [len(data) + _OVERHEAD_BYTES[listing.kind] for _, data in sampled if data]
     return max(1, sum(sizes) // len(sizes)) if sizes else _USUAL_IMAGE_BYTES
 
 
