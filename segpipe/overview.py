@@ -60,7 +60,7 @@ class RunStatus:
 
     Attributes:
         run_id: name of the run.
-        state: as run.json says; `interrupted` if it says running and nobody is.
+        state: as run.json says; `interrupted` if it says running and nobody is, `not started` without one.
         holder: who works on it, in words; None if nobody does.
         totals: sums over the receipts.
         num_images: of the input as last listed; None for a streamed input.
@@ -168,7 +168,7 @@ def _run_status(layout: RunLayout) -> RunStatus:
     record = read_run(layout)
     holder = read_holder(layout.lease_file)
     held = holder is not None and is_alive(holder) is not False
-    state = record.state if record else "missing"
+    state = record.state if record else "not started"
     num_images = None
     if record is not None and record.kind in ("folder", "manifest"):
         num_images = len(read_keys(layout, locate(record.input_root)).images)

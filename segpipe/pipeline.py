@@ -9,7 +9,7 @@ finish    sum receipts, run.json
 The engine does the three in the middle, chunk by chunk.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
@@ -18,9 +18,11 @@ from segpipe.config import Config
 from segpipe.engines import Job, open_engine
 from segpipe.errors import LeaseLostError, OutputError, StoreError
 from segpipe.keylists import write_keys
+from segpipe.layout import RunLayout
 from segpipe.lease import hold_lease
 from segpipe.planning import Plan, Request, check_request, find_obsolete, is_complete, make_plan
 from segpipe.progress import OnProgress, Progress, RunSummary, Tally
+from segpipe.records import Receipt
 from segpipe.runs import RunRecord, State, distinct_resolved, now, sum_receipts, sweep, versions, write_run
 from segpipe.shards.work import StreamWork, Work
 from segpipe.storage import delete, write_bytes
@@ -117,7 +119,7 @@ def _begin(plan: Plan) -> RunRecord:
     write_run(layout, record)
     write_keys(layout, plan.keys, plan.changed_keys)
     write_bytes(layout.categories_file, write_table(categories_table(info), request.label))
-    sweep(layout, plan.receipts)
+    _remove(layout, plan.obsolete, plan.receipts)
     return record
 
 
@@ -162,9 +164,15 @@ def _waves(plan: Plan, tally: Tally, limit: int | None) -> Iterator[Sequence[Wor
 def _clean(plan: Plan, tally: Tally) -> None:
     """Remove chunks beyond the end of shards that are shorter now, receipts first, and then all orphans."""
     obsolete = find_obsolete(plan, tally.receipts)
-    delete([plan.request.layout.images_file(receipt.chunk.name) for receipt in obsolete])
     tally.forget(obsolete)
-    sweep(plan.request.layout, tally.receipts)
+    _remove(plan.request.layout, obsolete, tally.receipts)
+
+
+def _remove(layout: RunLayout, obsolete: Sequence[Receipt], receipts: Mapping[str, Receipt]) -> None:
+    """Remove obsolete chunks, receipts first, so that no receipt ever names a file that is gone; then all orphans."""
+    if obsolete:
+        delete([layout.images_file(receipt.chunk.name) for receipt in obsolete])
+    sweep(layout, receipts)
 
 
 def _end_state(plan: Plan, tally: Tally) -> State:

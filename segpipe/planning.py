@@ -59,7 +59,7 @@ class Plan:
         request: what is asked for.
         record: run.json of earlier starts; None for a new run.
         chunk_images: images a chunk, as the run was created with.
-        receipts: of committed chunks that stand, by chunk name.
+        receipts: of committed chunks, by chunk name, those to be redone included, obsolete ones not.
         work: what to read, in order.
         keys: written list of a listed input, with the additions of this start.
         changed_keys: images whose line in that list is new.
@@ -236,8 +236,14 @@ def _plan_streams(plan: Plan, *, refresh: bool) -> Plan:
     lost = [
         name for name, receipts in by_shard.items() if all(receipt.shard_num_images is None for receipt in receipts)
     ]
+    gone_names = {receipt.chunk.name for receipt in obsolete}
     return replace(
-        plan, work=tuple(work), replaced=tuple(replaced), obsolete=tuple(obsolete), lost_shards=tuple(sorted(lost))
+        plan,
+        receipts={name: receipt for name, receipt in plan.receipts.items() if name not in gone_names},
+        work=tuple(work),
+        replaced=tuple(replaced),
+        obsolete=tuple(obsolete),
+        lost_shards=tuple(sorted(lost)),
     )
 
 

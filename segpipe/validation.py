@@ -41,7 +41,7 @@ class RunValidation:
 
     Attributes:
         run_id: name of the run.
-        state: as run.json says, `missing` without one.
+        state: as run.json says, `not started` without one.
         num_images: rows of images.
         num_instances: rows of instances.
         problems: promise in words to what breaks it, naming file and row; empty for a promise that is kept.
@@ -116,7 +116,7 @@ def _validate_run(layout: RunLayout, on_chunk: Callable[[str], None]) -> RunVali
         _check_completeness(layout, record, receipts, findings)
     return RunValidation(
         run_id=layout.run_id,
-        state=record.state if record else "missing",
+        state=record.state if record else "not started",
         num_images=findings.num_images,
         num_instances=findings.num_instances,
         problems={text: tuple(findings.problems.get(promise, ())) for promise, text in PROMISES.items()},

@@ -107,6 +107,24 @@ def test_the_mask_threshold_is_the_one_that_is_asked_for(threshold):
     assert_equal_to_reference(smooth_masks(rng, 12), random_boxes(rng, 12, 120, 160), 120, 160, threshold)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_masks_that_meet_the_threshold_exactly_equal_paste_threshold_and_pycocotools(seed):
+    """Saturated masks of 0 and 1 pass through exactly 0.5, where the last bit of torch's arithmetic decides.
+
+    torch rounds differently for masks of up to 128 px of height plus width: sizes on both sides of it.
+    """
+    rng = np.random.default_rng(2000 + seed)
+    probs = rng.random((30, 28, 28), dtype=np.float32).round()
+    probs[10:20] = (smooth_masks(rng, 10) > 0.5).astype(np.float32)
+    probs[20:] = np.where(
+        probs[20:] > 0, np.float32(0.5), np.nextafter(np.float32(0.5), np.float32(rng.integers(0, 2)))
+    )
+    corners = rng.uniform(0, 150, (30, 2))
+    sizes = rng.uniform(0.2, 120 if seed % 2 else 40, (30, 2))
+    boxes = np.concatenate([corners, corners + sizes], axis=1).astype(np.float32)
+    assert_equal_to_reference(probs, boxes, 220, 250)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(0, 2**32 - 1), st.sampled_from(["noise", "binary", "half"]))
 def test_any_box_and_any_mask_equal_paste_threshold_and_pycocotools(height, width, seed, kind):

@@ -53,6 +53,8 @@ def roi_grids(probs: FloatArray, boxes_xyxy: FloatArray, *, threshold: float = 0
 def noise_roi_grids(seed: int, *, height: int, width: int, num_masks: int = 16) -> Grids:
     """Return RoI grids of white noise at random boxes, some outside the image: the hardest masks to encode.
 
+    Every second one is saturated to 0 and 1, so that it meets the threshold exactly; every third is small.
+
     Args:
         seed: the same seed gives the same grids.
         height: rows of the image, px.
@@ -62,4 +64,7 @@ def noise_roi_grids(seed: int, *, height: int, width: int, num_masks: int = 16) 
     rng = np.random.default_rng(seed)
     corners = rng.uniform(-0.2, 1.2, (num_masks, 2, 2)) * [width, height]
     boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1).astype(np.float32)
-    return roi_grids(rng.random((num_masks, 28, 28), dtype=np.float32), boxes)
+    boxes[::3, 2:] = boxes[::3, :2] + rng.uniform(1, 50, boxes[::3, 2:].shape)
+    probs = rng.random((num_masks, 28, 28), dtype=np.float32)
+    probs[::2] = probs[::2].round()
+    return roi_grids(probs, boxes)
