@@ -49,17 +49,22 @@ RunId = Annotated[str | None, typer.Option("--run", help="One run; all if left o
 OutputArgument = Annotated[str, typer.Argument(metavar="OUT", help="Folder of the lake; a path or any fsspec URI.")]
 
 
-@app.callback()
-def configure(
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log a line for every chunk.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-) -> None:
-    """Set up logging."""
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         from segpipe import __version__
 
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def configure(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log a line for every chunk.")] = False,
+    version: Annotated[  # noqa: ARG001  # acted on by its callback, before a command is looked for
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Set up logging."""
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )

@@ -4,6 +4,7 @@ Progress and errors go to stderr, results to stdout. Libraries written in C (lib
 descriptor of stderr whatever Python says; while work is going on, that goes to a log file.
 """
 
+import logging
 import os
 import sys
 import tempfile
@@ -109,9 +110,13 @@ def quiet_native_output() -> Iterator[Console]:
         sys.stderr.flush()
         os.dup2(log.fileno(), 2)
         sys.stderr = stderr
+        handlers = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.StreamHandler)]
+        streams = [handler.setStream(stderr) for handler in handlers]
         try:
             yield Console(file=stderr, highlight=False, soft_wrap=True)
         finally:
+            for handler, stream in zip(handlers, streams, strict=True):
+                handler.setStream(stream or python_stderr)
             sys.stderr = python_stderr
             os.dup2(real, 2)
     Path(log.name).unlink(missing_ok=True)  # only where the process was killed does the log stay

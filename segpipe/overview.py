@@ -8,7 +8,8 @@ from segpipe.lake import list_chosen_runs
 from segpipe.layout import RunLayout
 from segpipe.lease import is_alive, read_holder
 from segpipe.models import MODELS
-from segpipe.planning import check_request, expect_images, find_ends, make_plan
+from segpipe.planning import expect_images, find_ends, make_plan
+from segpipe.request import check_request
 from segpipe.runs import RunRecord, Totals, read_receipts, read_run, sum_receipts
 from segpipe.shards.work import ListedWork
 from segpipe.storage import locate

@@ -20,9 +20,10 @@ from segpipe.errors import LeaseLostError, OutputError, StoreError
 from segpipe.keylists import write_keys
 from segpipe.layout import RunLayout
 from segpipe.lease import hold_lease
-from segpipe.planning import Plan, Request, check_request, find_obsolete, is_complete, make_plan
+from segpipe.planning import Plan, find_obsolete, is_complete, make_plan
 from segpipe.progress import OnProgress, Progress, RunSummary, Tally
 from segpipe.records import Receipt
+from segpipe.request import Request, check_request
 from segpipe.runs import RunRecord, State, distinct_resolved, now, sum_receipts, sweep, versions, write_run
 from segpipe.shards.work import StreamWork, Work
 from segpipe.storage import delete, write_bytes

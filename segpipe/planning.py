@@ -1,26 +1,18 @@
-"""What is left to do: the listing of the input, minus what is committed. Listings and receipts only, never image bytes.
-
-request = check_request(config)          everything that the user may have got wrong, before anything starts
-plan = make_plan(request)                shards and chunks that are missing
-"""
+"""What is left to do: the listing of the input, minus what is committed. Listings and receipts only, never images."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from segpipe.config import Config, fingerprint, row_settings
-from segpipe.errors import OutputError, StoreError
+from segpipe.errors import OutputError
 from segpipe.keylists import KeyList, read_keys
-from segpipe.layout import RunLayout, chunk_name
-from segpipe.models import ModelRequest
-from segpipe.models.weights import resolve_model
+from segpipe.layout import chunk_name
 from segpipe.records import ChunkId, ListedImage, Receipt, Shard
-from segpipe.runs import RunRecord, check_output, read_receipts, read_run
-from segpipe.shards import InputListing, list_input, sample_image_bytes
+from segpipe.request import Request
+from segpipe.runs import RunRecord, read_receipts, read_run
+from segpipe.shards import sample_image_bytes
 from segpipe.shards.work import ListedWork, StreamWork, Work
 from segpipe.stages.read import chunk_version
-from segpipe.storage import locate
-from segpipe.tables import RunLabel
 
 # A chunk holds 1/256 of the input, but never so little that its commit costs more than its inference, and never so
 # much that it is heavy in memory.
@@ -28,27 +20,6 @@ _CHUNKS_PER_INPUT = 256
 _LEAST_CHUNK_IMAGES = 4
 _MOST_CHUNK_IMAGES = 1024
 _MOST_CHUNK_BYTES = 64 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A checked request: what is asked for, with every name resolved.
-
-    Attributes:
-        config: as given.
-        listing: of the input.
-        model: model, weights and selection.
-        settings: what changes rows, in the form that the fingerprint is made of.
-        label: what the run's files say about it.
-        layout: where they lie.
-    """
-
-    config: Config
-    listing: InputListing
-    model: ModelRequest
-    settings: Mapping[str, object]
-    label: RunLabel
-    layout: RunLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,29 +53,6 @@ class Plan:
     lost_shards: tuple[str, ...] = ()
     new_images: int | None = None
     image_bytes: int = 1
-
-
-def check_request(config: Config) -> Request:
-    """List the input, resolve model and weights, name the run, and look at the output.
-
-    Raises:
-        RequestError: for every mistake of the user; one line with the fix.
-        StoreError: if a store does not answer.
-    """
-    output = locate(config.output.uri, config.output.storage_options)
-    if f"{output.uri}/".startswith(f"{locate(config.input.uri).uri}/"):
-        raise OutputError(f"output.uri: {output.uri} lies inside the input; choose a folder beside it")
-    try:
-        check_output(output)
-    except StoreError as error:
-        raise OutputError(f"output.uri: cannot be used: {error}") from None
-    model = resolve_model(config.model, config.input.storage_options)
-    listing = list_input(config.input)
-    settings = _settled(config, listing, model)
-    digest = fingerprint(settings)
-    run_id = f"{model.info.name.lower()}-{digest[:8]}" if config.output.run_id == "auto" else config.output.run_id
-    label = RunLabel(run_id, digest, model.info)
-    return Request(config, listing, model, settings, label, RunLayout(output, run_id))
 
 
 def make_plan(request: Request, *, limit: int | None = None, refresh: bool = False) -> Plan:
@@ -184,19 +132,6 @@ def is_complete(plan: Plan, receipts: Mapping[str, Receipt]) -> bool:
         chunks = _listed_chunks(plan.request, plan.keys)
         return listed <= plan.keys.images.keys() and all(_stands(chunk, receipts) for chunk, _ in chunks)
     return not _plan_streams(replace(plan, receipts=receipts), refresh=True).work
-
-
-def _settled(config: Config, listing: InputListing, model: ModelRequest) -> dict[str, object]:
-    """Return what changes rows with every name resolved, so that two ways to say the same are the same run."""
-    selection = model.selection
-    return {
-        **row_settings(config),
-        "input.uri": locate(config.input.uri).uri,
-        "input.format": listing.kind,
-        "model.weights": model.info.weights_sha256,
-        "model.categories": sorted(selection.category_ids or ()),
-        "model.category_thresholds": {str(key): value for key, value in sorted(selection.category_thresholds.items())},
-    }
 
 
 def _refuse_other_settings(record: RunRecord, request: Request) -> None:

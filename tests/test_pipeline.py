@@ -523,7 +523,8 @@ def test_an_input_of_no_image_is_refused_before_anything_is_written(tmp_path):
 )
 def test_a_chunk_grows_with_the_input_and_stays_light(tmp_path, monkeypatch, num_images, image_bytes, expected):
     """1/256 of the input, 4 to 1024 images, at most 64 MB encoded."""
-    from segpipe.planning import check_request, choose_chunk_images
+    from segpipe.planning import choose_chunk_images
+    from segpipe.request import check_request
 
     write_photos(tmp_path / "in", [1])
     request = check_request(config(tmp_path / "in", tmp_path / "lake", input__chunk_images="auto"))

@@ -1,0 +1,164 @@
+"""What is documented is what there is: README commands run, SQL and Python blocks run, every verb and key is named."""
+
+import os
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import duckdb
+import pytest
+import yaml
+from typer.main import get_command
+
+import segpipe
+from segpipe.cli import app
+from segpipe.config import Config
+from segpipe.tables import CATEGORIES_SCHEMA, IMAGES_SCHEMA, INSTANCES_SCHEMA
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+DOCS = ROOT / "segpipe" / "docs"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+NEEDS_DOWNLOAD = [line for line in COMMANDS if "maskrcnn_resnet50_fpn_v2" in line]
+NEEDS_RAY = [
+    line for line in COMMANDS if line.startswith("segpipe run") and "inline" not in line and line not in NEEDS_DOWNLOAD
+]
+SCRIPTS = [line for line in COMMANDS if line.startswith("infra/")]
+
+
+def segpipe_command(line: str, *extra: str) -> list[str]:
+    return [sys.executable, "-m", "segpipe", *shlex.split(line)[1:], *extra]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, package_photos) -> Path:
+    """A folder as the README's reader has it: photographs, the configurations, and a lake of a first run."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(package_photos, folder / "photos")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    first = "segpipe run --input photos/ --output lake/ --model demo --engine inline"
+    subprocess.run(segpipe_command(first), cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", sorted({*COMMANDS} - {*NEEDS_DOWNLOAD, *NEEDS_RAY, *SCRIPTS}))
+def test_every_command_of_the_readme_runs(workplace, line):
+    done = subprocess.run(
+        segpipe_command(line), cwd=workplace, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("line", sorted(set(NEEDS_RAY)))
+def test_every_command_of_the_readme_runs_on_local_ray(workplace, line):
+    done = subprocess.run(
+        segpipe_command(line, "--ray-address", "local"),
+        cwd=workplace,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("line", NEEDS_DOWNLOAD)
+def test_commands_that_need_a_download_have_flags_that_exist(line):
+    _, verb, *arguments = shlex.split(line)
+    command = get_command(app).commands[verb]
+    context = command.make_context(verb, arguments, resilient_parsing=False)
+    assert context.params["model"] == "maskrcnn_resnet50_fpn_v2"
+
+
+def test_every_script_of_the_readme_is_there_and_can_be_run():
+    assert {"infra/demo", "infra/test"} <= set(SCRIPTS)
+    for line in SCRIPTS:
+        assert os.stat(ROOT / line.split()[0]).st_mode & stat.S_IXUSR
+    assert ".venv/bin/segpipe demo" in (ROOT / "infra" / "demo").read_text()
+    assert "infra/test" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", blocks("python"))
+def test_every_python_block_of_the_readme_runs(workplace, block):
+    done = subprocess.run([sys.executable, "-c", block], cwd=workplace, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_every_sql_block_of_the_readme_runs(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    statements = [part for block in blocks("sql") for part in block.split(";") if part.strip()]
+    results = [duckdb.sql(statement).fetchall() for statement in statements]
+    assert len(results) == 3
+    assert any(category == "person" for category, *_ in results[0])
+    assert len(results[2]) == 5
+
+
+def test_every_file_of_the_package_stands_in_the_tree():
+    tree = README.split("## The tree")[1].split("## Limits")[0]
+    for file in (ROOT / "segpipe").rglob("*.py"):
+        if file.name not in ("__init__.py", "__main__.py"):
+            assert re.search(rf"\b{file.stem}\b", tree), file
+    for name in re.findall(r"^  (\w+\.py)", tree, re.MULTILINE):
+        assert (ROOT / "segpipe" / name).is_file(), name
+
+
+def test_every_command_and_public_function_is_documented():
+    for verb in get_command(app).commands:
+        assert re.search(rf"segpipe {verb}\b", README), verb
+    for name in segpipe.__all__:
+        assert name in README or name.endswith("Error") or name == "Config", name
+
+
+def test_every_setting_that_the_documents_name_exists():
+    keys = {f"{name}.{key}" for name, section in Config.model_fields.items() for key in section.annotation.model_fields}
+    for file in [ROOT / "README.md", *DOCS.glob("*.md")]:
+        for section, key in re.findall(r"\b(input|model|output|resources)\.([a-z_]+)\b", file.read_text()):
+            assert f"{section}.{key}" in keys, (file.name, section, key)
+
+
+def test_every_column_is_documented():
+    text = (DOCS / "formats.md").read_text()
+    for schema in (IMAGES_SCHEMA, INSTANCES_SCHEMA, CATEGORIES_SCHEMA):
+        for name in schema.names:
+            assert re.search(rf"\b{name}\b", text), name
+
+
+def test_links_lead_somewhere():
+    for file in [ROOT / "README.md", *DOCS.glob("*.md"), ROOT / "jobs" / "README.md"]:
+        for target in re.findall(r"\]\(([^)#]+)\)", file.read_text()):
+            assert "://" in target or (file.parent / target).exists(), (file.name, target)
+
+
+def test_tests_that_the_documents_name_exist():
+    for file in DOCS.glob("*.md"):
+        for name in re.findall(r"tests/(test_\w+\.py)", file.read_text()):
+            assert (ROOT / "tests" / name).is_file(), (file.name, name)
+
+
+def test_configurations_say_how_they_are_used():
+    for file in (ROOT / "configs").glob("*.yaml"):
+        assert file.name == "reference.yaml" or f"--config configs/{file.name}" in file.read_text()
+        assert isinstance(yaml.safe_load(file.read_text()), dict)
+
+
+def test_constraints_name_exact_versions_and_no_host():
+    lines = (ROOT / "infra" / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", line) for line in pins)
+    pinned = {line.split("==")[0].lower() for line in pins}
+    assert {"ray", "torch", "torchvision", "pyarrow", "fsspec", "s3fs", "pycocotools", "duckdb", "ruff"} <= pinned
