@@ -37,7 +37,6 @@ class Plan:
         replaced: what was replaced since it was read, in words; not empty only where that is to be refused.
         obsolete: receipts of chunks beyond the end of a refreshed shard that is shorter now.
         lost_shards: shards that are gone from the input before they were read to their end.
-        new_images: images that no earlier start knew; None for a streamed input.
         image_bytes: encoded size of a typical image.
     """
 
@@ -51,7 +50,6 @@ class Plan:
     replaced: tuple[str, ...] = ()
     obsolete: tuple[Receipt, ...] = ()
     lost_shards: tuple[str, ...] = ()
-    new_images: int | None = None
     image_bytes: int = 1
 
 
@@ -157,13 +155,14 @@ def _plan_streams(plan: Plan, *, refresh: bool) -> Plan:
     obsolete: list[Receipt] = []
     for shard in plan.request.listing.shards:
         receipts = by_shard.pop(shard.name, [])
-        current = [receipt for receipt in receipts if receipt.chunk.version == str(shard.version)]
+        version = str(shard.version)
+        current = [receipt for receipt in receipts if receipt.chunk.version == version]
         end = next((receipt.chunk.index for receipt in current if receipt.shard_num_images is not None), None)
         done = frozenset(receipt.chunk.index for receipt in current)
         # Beyond the end of a shard that was refreshed and is shorter now there is nothing to redo, only to remove.
-        gone = [receipt for receipt in receipts if end is not None and receipt.chunk.index > end]
-        stale = [receipt for receipt in receipts if receipt not in current and receipt not in gone]
-        obsolete += gone
+        last = len(receipts) if end is None else end
+        obsolete += [receipt for receipt in receipts if end is not None and receipt.chunk.index > end]
+        stale = [receipt for receipt in receipts if receipt.chunk.version != version and receipt.chunk.index <= last]
         if stale and not refresh:
             replaced.append(f"{shard.name} was {stale[0].chunk.version}, is {shard.version}")
         elif end is None or done != frozenset(range(end + 1)):
@@ -201,8 +200,9 @@ def _plan_listed(plan: Plan, *, limit: int | None, refresh: bool) -> Plan:
         if image.key in known.images and image.version != known.images[image.key].version
     ]
     committed = {chunk.index for chunk, _ in _listed_chunks(request, known) if _stands(chunk, plan.receipts)}
-    refused = [] if refresh else [image for image in changed if known.chunk_of[image.key] in committed]
-    updated = [image for image in changed if image not in refused]
+    is_refused = {image.key: not refresh and known.chunk_of[image.key] in committed for image in changed}
+    refused = [image for image in changed if is_refused[image.key]]
+    updated = [image for image in changed if not is_refused[image.key]]
     keys = known.extended(new, updated, chunk_images=plan.chunk_images)
     work: list[Work] = []
     num_images = 0
@@ -219,7 +219,6 @@ def _plan_listed(plan: Plan, *, limit: int | None, refresh: bool) -> Plan:
         keys=keys,
         changed_keys=(*new, *updated),
         replaced=tuple(f"{image.key} was {known.images[image.key].version}, is {image.version}" for image in refused),
-        new_images=len(new),
     )
 
 

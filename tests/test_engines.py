@@ -1,5 +1,9 @@
 """Engines: the same rows from each, and nothing of a run kept in them."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from segpipe.config import ResourcesConfig
@@ -134,3 +138,33 @@ def test_what_ray_cannot_do_is_refused(ray_session, tmp_path):
         run(config(tmp_path / "in", "memory://x/lake", resources__engine="ray"))
     with pytest.raises(ConfigError, match="9 actors with 1 CPUs"):
         run(config(tmp_path / "in", tmp_path / "lake", resources__engine="ray", resources__num_actors=9))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["option", "environment"])
+def test_a_command_joins_the_ray_that_is_named_and_leaves_it_running(ray_session, tmp_path, way):
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    write_photos(tmp_path / "in", range(6))
+    command = [
+        sys.executable,
+        "-m",
+        "segpipe",
+        "run",
+        "--input",
+        str(tmp_path / "in"),
+        "--output",
+        str(tmp_path / "lake"),
+    ]
+    command += ["--model", "blank", "--set", "input.chunk_images=4", "--set", "resources.cpus_per_actor=1"]
+    command += ["--ray-address", address] if way == "option" else []
+    environment = {**os.environ, **({"RAY_ADDRESS": address} if way == "environment" else {})}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert f"joining Ray at {address}" in done.stderr
+    assert "starting Ray" not in done.stderr
+    run(config(tmp_path / "in", tmp_path / "inline"))
+    assert_same_rows(tmp_path / "lake", tmp_path / "inline")
+    assert ray.cluster_resources()["CPU"] == 2

@@ -489,6 +489,23 @@ def test_a_plan_reads_no_image_and_writes_nothing(tmp_path, monkeypatch):
     assert plan(config(tmp_path / "in", tmp_path / "lake"), limit=3).num_pending == 3
 
 
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+def test_a_plan_of_shards_reads_headers_and_footers_alone(tmp_path, monkeypatch, kind):
+    from segpipe.storage import StoreStream
+
+    images = [os.urandom(100_000) for _ in range(30)]
+    if kind == "webdataset":
+        write_tar(tmp_path / "in" / "a.tar", [(f"{n}.png", data) for n, data in enumerate(images)])
+    else:
+        write_parquet(tmp_path / "in" / "a.parquet", {"image": images}, row_group_size=5)
+    read = []
+    honest = StoreStream.read
+    monkeypatch.setattr(StoreStream, "read", lambda self, size=-1: read.append(honest(self, size)) or read[-1])
+    found = plan(config(tmp_path / "in", tmp_path / "lake", input__chunk_images="auto"))
+    assert 25 <= found.num_images <= 35
+    assert sum(map(len, read)) < 150_000  # of 3 MB; pyarrow takes 64 kB for a footer
+
+
 def test_a_plan_of_a_half_finished_run_knows_what_is_left_and_how_long_it_takes(tmp_path):
     write_tar(tmp_path / "in" / "a.tar", photo_members(range(20)))
     run(config(tmp_path / "in", tmp_path / "lake"), limit=8)

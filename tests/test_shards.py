@@ -401,7 +401,15 @@ def test_the_size_of_an_image_comes_from_the_listing_or_a_sample(tmp_path):
     assert sample_image_bytes(list_input(config), config) == 100
     write_tar(tmp_path / "t.tar", [(f"{number}.png", b"x" * 50) for number in range(40)])
     config = InputConfig(uri=str(tmp_path / "t.tar"))
-    assert sample_image_bytes(list_input(config), config) == 50 + 768
+    assert sample_image_bytes(list_input(config), config) == 1024
+    write_parquet(
+        tmp_path / "p.parquet", {"image": [bytes([number]) * 5000 for number in range(9)]}, compression="none"
+    )
+    config = InputConfig(uri=str(tmp_path / "p.parquet"))
+    assert 5000 <= sample_image_bytes(list_input(config), config) < 5200
+    write_tar(tmp_path / "t.tar.gz", [("a.png", b"x" * 50)], "w:gz")
+    config = InputConfig(uri=str(tmp_path / "t.tar.gz"))
+    assert sample_image_bytes(list_input(config), config) == 256 << 10
     (tmp_path / "broken.tar").write_bytes(b"nothing")
     config = InputConfig(uri=str(tmp_path / "broken.tar"))
     assert sample_image_bytes(list_input(config), config) == 256 << 10

@@ -10,28 +10,24 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Literal
 
 from segpipe.config import InputConfig
-from segpipe.errors import InputError, ShardCorruptError, StoreError
+from segpipe.errors import InputError, StoreError
 from segpipe.listing import StoredFile, glob_root, is_glob, list_files
 from segpipe.records import ListedImage, Location, Shard
 from segpipe.shards.keys import UniqueKeys, printable
 from segpipe.shards.manifest import read_manifest
 from segpipe.shards.names import is_image_name, is_manifest_name, is_parquet_name, is_tar_name
-from segpipe.shards.parquet import has_image_column, read_parquet
-from segpipe.shards.webdataset import read_webdataset
+from segpipe.shards.parquet import has_image_column, read_parquet, sample_row_bytes
+from segpipe.shards.webdataset import read_webdataset, sample_member_bytes
 from segpipe.storage import filesystem, locate
 
 InputKind = Literal["folder", "webdataset", "parquet", "manifest"]
 Reader = Callable[[Shard, Callable[[int], bool]], Iterator[tuple[str, bytes | None]]]
 
 FOLDER_SHARD = "."
-_SAMPLE_IMAGES = 16
 _USUAL_IMAGE_BYTES = 256 << 10
-# A tar member has a header of 512 bytes and is filled up to a multiple of 512: half of that on average.
-_OVERHEAD_BYTES = {"webdataset": 768, "parquet": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +85,17 @@ def reader_for(kind: InputKind, config: InputConfig) -> Reader:
 
 
 def sample_image_bytes(listing: InputListing, config: InputConfig) -> int:
-    """Return the stored bytes of a typical image, at least 1: from the listing, or the first images of a shard."""
+    """Return the stored bytes of a typical image, at least 1.
+
+    Of a listed input from the listing, of shards from the member headers or the footer of the first one; no image is
+    read. Where neither says anything (a compressed tar, a manifest), 256 kB.
+    """
     sizes = [image.version.size_bytes for image in listing.images if image.version.size_bytes is not None]
     if listing.is_streamed:
-        reader = reader_for(listing.kind, config)
-        with suppress(ShardCorruptError, InputError, StoreError, FileNotFoundError):
-            sampled = islice(reader(listing.shards[0], lambda position: position < _SAMPLE_IMAGES), _SAMPLE_IMAGES)
-            sizes = [len(data) + _OVERHEAD_BYTES[listing.kind] for _, data in sampled if data]
+        first = listing.shards[0]
+        with suppress(InputError, StoreError, FileNotFoundError):
+            is_tar = listing.kind == "webdataset"
+            sizes = sample_member_bytes(first) if is_tar else sample_row_bytes(first, config.image_column)
     return max(1, sum(sizes) // len(sizes)) if sizes else _USUAL_IMAGE_BYTES
 
 

@@ -60,6 +60,25 @@ def read_parquet(
                 ordinal += 1
 
 
+def sample_row_bytes(shard: Shard, image_column: str) -> list[int]:
+    """Return the mean stored bytes of an image in each row group, from the footer alone.
+
+    Raises:
+        InputError: if it is no Parquet file, or has no image column.
+        StoreError: if the store does not answer.
+    """
+    columns = _choose_columns(read_schema(shard.location), image_column, "auto", shard.name)
+    with open_stream(shard.location) as stream:
+        metadata = pq.read_metadata(pa.PythonFile(stream, mode="r"))
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    return [
+        column.total_compressed_size // group.num_rows
+        for group in groups
+        for column in (group.column(index) for index in range(group.num_columns))
+        if column.path_in_schema == columns.image and group.num_rows
+    ]
+
+
 def has_image_column(place: Location) -> bool:
     """Tell whether a Parquet file has a column that can hold encoded images; reads its footer only.
 

@@ -10,6 +10,7 @@ tarfile sees it.) Format: POSIX.1-2017 pax and ustar; two zero blocks end an arc
 
 import tarfile
 from collections.abc import Callable, Iterator
+from itertools import islice
 from zlib import error as ZlibError  # noqa: N812  # the name zlib gives its exception says nothing
 
 from segpipe.errors import ShardCorruptError
@@ -56,6 +57,24 @@ def read_webdataset(shard: Shard, wanted: Callable[[int], bool]) -> Iterator[tup
                 yield from _read_members(tar, wanted)
         except (_BadHeaderError, *_BAD_BYTES) as error:
             raise ShardCorruptError("TruncatedShard", _describe(error)) from error
+
+
+def sample_member_bytes(shard: Shard, *, num_images: int = 16) -> list[int]:
+    """Return the bytes that the first images of a tar take in it, header included, from the headers alone.
+
+    Empty for a compressed tar, whose headers cannot be had without its images.
+
+    Raises:
+        StoreError: if the store does not answer.
+    """
+    with open_stream(shard.location) as stream:
+        try:
+            with tarfile.open(fileobj=stream, mode="r:", tarinfo=_StrictTarInfo) as tar:
+                images = (member for member in tar if member.isreg() and is_image_name(member.name))
+                blocks = [1 + -(-member.size // tarfile.BLOCKSIZE) for member in islice(images, num_images)]
+                return [count * tarfile.BLOCKSIZE for count in blocks]
+        except (_BadHeaderError, *_BAD_BYTES):
+            return []
 
 
 def _read_members(tar: tarfile.TarFile, wanted: Callable[[int], bool]) -> Iterator[tuple[str, bytes | None]]:
