@@ -13,6 +13,8 @@ from segpipe.progress import Progress
 from segpipe.runs import Totals
 from tests.factory import photo_members, write_photos, write_tar
 
+pytestmark = pytest.mark.slow
+
 BLANK = ["--model", "blank", "--engine", "inline"]
 
 
@@ -110,7 +112,6 @@ def test_plan_of_shards_says_what_is_a_guess_and_what_was_replaced(tmp_path):
     assert "replaced: a.tar was" in planned
 
 
-@pytest.mark.slow
 def test_predict_draws_and_prints_without_ray(tmp_path, package_photos):
     photo = package_photos / "astronaut.png"
     (tmp_path / "bad.jpg").write_bytes(b"x")
@@ -128,7 +129,6 @@ def test_models_lists_the_registry():
     assert "COCO_V1" in listed
 
 
-@pytest.mark.slow
 @pytest.mark.ray
 def test_the_demo_runs_on_local_ray_and_is_quiet(tmp_path):
     done = segpipe("demo", "-o", tmp_path / "demo")

@@ -22,6 +22,8 @@ from tests.conftest import assert_same_rows
 from tests.crash_at import MOMENTS
 from tests.factory import config, photo, photo_members, write_photos, write_tar
 
+pytestmark = pytest.mark.slow
+
 GUARANTEES = Path(__file__).parents[1] / "segpipe" / "docs" / "guarantees.md"
 
 
