@@ -8,8 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from segpipe.coco.exporting import export_coco
+    from segpipe.coco.importing import import_coco
     from segpipe.config import Config, load_config
     from segpipe.errors import RequestError, SegpipeError, StoreError
+    from segpipe.evaluation import EvaluationOptions, evaluate
+    from segpipe.finetuning.job import finetune
+    from segpipe.finetuning.settings import FinetuneConfig, load_finetune_config
     from segpipe.lake import read_table
     from segpipe.overview import list_models, plan, status
     from segpipe.pipeline import run
@@ -20,12 +25,19 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Config": "config",
+    "EvaluationOptions": "evaluation",
+    "FinetuneConfig": "finetuning.settings",
     "RequestError": "errors",
     "SegpipeError": "errors",
     "StoreError": "errors",
     "demo": "quicklook",
+    "evaluate": "evaluation",
+    "export_coco": "coco.exporting",
+    "finetune": "finetuning.job",
+    "import_coco": "coco.importing",
     "list_models": "overview",
     "load_config": "config",
+    "load_finetune_config": "finetuning.settings",
     "plan": "overview",
     "predict": "quicklook",
     "read_table": "lake",
@@ -36,12 +48,19 @@ _HOME = {
 
 __all__ = [
     "Config",
+    "EvaluationOptions",
+    "FinetuneConfig",
     "RequestError",
     "SegpipeError",
     "StoreError",
     "demo",
+    "evaluate",
+    "export_coco",
+    "finetune",
+    "import_coco",
     "list_models",
     "load_config",
+    "load_finetune_config",
     "plan",
     "predict",
     "read_table",

@@ -1,6 +1,6 @@
 """Reading the tables back: exactly the files that receipts name, also while a run is unfinished."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -53,6 +53,25 @@ def read_table(
 
     with ThreadPoolExecutor(_PARALLEL_READS) as pool:
         return pa.concat_tables([wanted.empty_table(), *pool.map(read, places)])
+
+
+def iterate_chunks(layout: RunLayout) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """Yield the images and the instances of each chunk, in the order of `read_table`, one chunk in memory at a time.
+
+    Raises:
+        OutputError: if a file is damaged.
+        StoreError: if the store does not answer.
+    """
+    receipts = sorted(read_receipts(layout).values(), key=lambda receipt: (receipt.chunk.shard, receipt.chunk.index))
+    for receipt in receipts:
+        images = parse_table(read_bytes(layout.images_file(receipt.chunk.name)))
+        yield images, parse_table(read_bytes(layout.table("instances") / receipt.instances_file))
+
+
+def read_categories(layout: RunLayout) -> dict[int, str]:
+    """Return a run's categories, id to name."""
+    table = parse_table(read_bytes(layout.categories_file))
+    return dict(zip(table["category_id"].to_pylist(), table["category"].to_pylist(), strict=True))
 
 
 def choose_run(output: Location, run_id: str | None) -> str:

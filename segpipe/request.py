@@ -65,6 +65,7 @@ def _settled(config: Config, listing: InputListing, model: ModelRequest) -> dict
         **row_settings(config),
         "input.uri": locate(config.input.uri).uri,
         "input.format": listing.kind,
+        "model.name": model.info.name,
         "model.weights": model.info.weights_sha256,
         "model.categories": sorted(selection.category_ids or ()),
         "model.category_thresholds": {str(key): value for key, value in sorted(selection.category_thresholds.items())},

@@ -32,6 +32,11 @@ def odd_images() -> Path:
 
 
 @pytest.fixture(scope="session")
+def rle_eval() -> Path:
+    return _data("rle_eval")
+
+
+@pytest.fixture(scope="session")
 def exif_orientation() -> Path:
     return _data("exif_orientation")
 

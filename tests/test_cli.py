@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from segpipe.console import describe, duration
+from segpipe.console.progress import describe, duration
 from segpipe.progress import Progress
 from segpipe.runs import Totals
 from tests.factory import photo_members, write_photos, write_tar

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from segpipe.config import Config, fingerprint, load_config, parse_assignment, reference_yaml, row_settings
+from segpipe.config import Config, fingerprint, load_config, reference_yaml, row_settings
 from segpipe.errors import ConfigError
+from segpipe.finetuning.settings import FinetuneConfig, finetune_reference_yaml, load_finetune_config
+from segpipe.sections import parse_assignment
 
 BASE = {"input.uri": "photos", "output.uri": "lake"}
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -168,15 +170,27 @@ def test_the_reference_file_holds_every_key_with_its_default_and_is_valid():
     assert Config.model_validate(tree) == load_config(settings={"input.uri": "photos/", "output.uri": "lake/"})
 
 
+FINETUNING = {"finetune.yaml", "demo_model.yaml"}
+
+
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_configuration_is_valid(file):
-    load_config(file)
+    if file.name in FINETUNING:
+        load_finetune_config(file)
+    else:
+        load_config(file)
+
+
+def test_the_reference_file_of_fine_tuning_equals_the_code():
+    assert (CONFIGS / "finetune.yaml").read_text() == finetune_reference_yaml()
 
 
 def test_every_key_says_what_it_means_and_numbers_say_their_range():
-    for section in Config.model_fields.values():
+    for section in [*Config.model_fields.values(), *FinetuneConfig.model_fields.values()]:
         for name, field in section.annotation.model_fields.items():
             assert len(field.description) > 15, name
             kind = str(field.annotation)
             if "Ge(" in f"{kind} {field.metadata}":
-                assert any(word in field.description for word in (" to ", "at least", "below", "fewer", "pixels")), name
+                assert any(
+                    word in field.description for word in (" to ", "at least", "below", "fewer", "pixels", "or more")
+                ), name

@@ -152,7 +152,7 @@ def test_tests_that_the_documents_name_exist():
 
 def test_configurations_say_how_they_are_used():
     for file in (ROOT / "configs").glob("*.yaml"):
-        assert file.name == "reference.yaml" or f"--config configs/{file.name}" in file.read_text()
+        assert file.name in ("reference.yaml", "finetune.yaml") or f"--config configs/{file.name}" in file.read_text()
         assert isinstance(yaml.safe_load(file.read_text()), dict)
 
 

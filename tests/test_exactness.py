@@ -4,6 +4,7 @@ Stock: `model([image])`, a score filter, pasted masks thresholded at 0.5, pycoco
 into Parquet and back, batch size 1, same threads, float32, CPU.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,14 @@ from torchvision.models import detection
 from torchvision.transforms.functional import to_tensor
 
 from segpipe.config import ModelConfig
+from segpipe.evaluation import EvaluationOptions, evaluate
 from segpipe.lake import read_table
-from segpipe.models.maskrcnn import BUILDERS
+from segpipe.models.networks import BUILDERS
 from segpipe.models.weights import read_state, resolve_model
 from segpipe.pipeline import run
 from tests.conftest import DATA
 from tests.factory import config
+from tests.test_evaluation import stock_figures
 
 THREADS = 2
 
@@ -86,12 +89,56 @@ def assert_same(model: torch.nn.Module, photos: list[Path], tmp_path: Path, **se
     return total
 
 
-def test_the_demo_model_on_every_photograph_equals_stock_torchvision(photographs, tmp_path):
-    request = resolve_model(ModelConfig(name="demo"))
+def demo_model() -> torch.nn.Module:
+    """Return the bundled network as torchvision runs it, resized as its checkpoint says."""
+    state, metadata = read_state(resolve_model(ModelConfig(name="demo")))
     model = BUILDERS["demo"](4, batch_norm=False)
-    model.load_state_dict(read_state(request))
-    total = assert_same(model.eval(), photographs, tmp_path, model__name="demo")
+    model.load_state_dict(state)
+    rule = json.loads(metadata["preprocessing"])
+    model.transform.min_size, model.transform.max_size = (rule["min_size"],), rule["max_size"]
+    assert (model.transform.image_mean, model.transform.image_std) == (rule["image_mean"], rule["image_std"])
+    return model.eval()
+
+
+def test_the_demo_model_on_every_photograph_equals_stock_torchvision(photographs, tmp_path):
+    total = assert_same(demo_model(), photographs, tmp_path, model__name="demo")
     assert total > 5 * len(photographs)
+
+
+def test_the_demo_models_ap_by_eval_equals_a_plain_torchvision_and_pycocotools_loop(coco_free, tmp_path):
+    names = json.loads((coco_free / "split.json").read_text())["held_out"]
+    listing = tmp_path / "held_out.txt"
+    listing.write_text("".join(f"{coco_free / 'images' / name}\n" for name in names))
+    run(config(listing, tmp_path / "lake", model__name="demo", resources__cpus_per_actor=THREADS))
+    options = EvaluationOptions(by="supercategory", matched_only=True)
+    truth_file = str(coco_free / "instances.json")
+    found = evaluate(str(tmp_path / "lake"), annotations=truth_file, options=options)
+
+    tree = json.loads(Path(truth_file).read_text())
+    groups = {"person": 1, "animal": 2, "vehicle": 3}
+    of_category = {one["id"]: groups.get(one["supercategory"]) for one in tree["categories"]}
+    ids = {image["file_name"]: image["id"] for image in tree["images"] if image["file_name"] in names}
+    tree["images"] = [image for image in tree["images"] if image["file_name"] in names]
+    tree["annotations"] = [
+        {**one, "category_id": of_category[one["category_id"]]}
+        for one in tree["annotations"]
+        if of_category[one["category_id"]] and one["image_id"] in ids.values()
+    ]
+    tree["categories"] = [{"id": index, "name": name} for name, index in groups.items()]
+    (tmp_path / "truth.json").write_text(json.dumps(tree))
+    model, results = demo_model(), []
+    for name, image_id in ids.items():
+        height, width = next((one["height"], one["width"]) for one in tree["images"] if one["id"] == image_id)
+        for label, score, *bbox, _, counts in stock_rows(model, coco_free / "images" / name):
+            code = {"size": [height, width], "counts": counts}
+            results.append(
+                {"image_id": image_id, "category_id": label, "score": score, "bbox": bbox, "segmentation": code}
+            )
+    assert (found.num_images, len(ids)) == (47, 47)
+    for kind, other in (("segm", "bbox"), ("bbox", "segmentation")):
+        plain = [{key: value for key, value in one.items() if key != other} for one in results]
+        assert found.figures[kind] == pytest.approx(stock_figures(tmp_path / "truth.json", plain, kind), abs=1e-6)
+    assert found.figures["segm"]["AP50"] > 0.2
 
 
 @pytest.mark.parametrize("name", ["maskrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn_v2"])

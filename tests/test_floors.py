@@ -14,20 +14,22 @@ PACKAGE = Path(segpipe.__file__).parent
 # From the ground up. A module may import from its own floor and below.
 FLOORS = [
     {"records", "errors", "detections"},
-    {"masks", "images", "config", "storage", "listing"},
+    {"masks", "images", "config", "sections", "storage", "listing"},
     {"shards", "models", "tables", "layout", "rows", "lease", "overlay"},
     {"stages", "runs", "keylists", "request", "planning", "lake", "validation", "progress"},
     {"engines", "pipeline"},
-    {"overview", "quicklook"},
+    {"overview", "quicklook", "coco"},
+    {"evaluation", "finetuning"},
     {"console", "cli", "__init__", "__main__"},
 ]
 HOME_OF = {
     "ray": {"engines/ray.py"},
     "fsspec": {"storage.py"},
-    "torch": {"models", "masks/portable.py"},
-    "torchvision": {"models"},
-    "typer": {"cli.py"},
-    "rich": {"console.py"},
+    "torch": {"models", "masks/portable.py", "finetuning"},
+    "torchvision": {"models", "finetuning"},
+    "matplotlib": {"coco/plots.py", "finetuning/plots.py"},
+    "typer": {"cli"},
+    "rich": {"console"},
     "numba": {"masks"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -106,5 +108,5 @@ def test_no_module_has_more_than_300_lines_and_no_function_more_than_50():
         source = file.read_text()
         assert len(source.splitlines()) <= 300, file
         for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.FunctionDef) and file.name != "cli.py":
+            if isinstance(node, ast.FunctionDef) and file.parent.name != "cli":
                 assert node.end_lineno - node.lineno < 50 + 12, f"{file.name}: {node.name}"

@@ -84,6 +84,7 @@ class Model:
         weight_files: weights by name, and the file each stands for; the first is what `DEFAULT` means.
         weights_note: what to know about the weights before using them.
         licence: of code and weights.
+        architecture: the network's name where it is another than the entry's; what a checkpoint says of itself.
         is_network: False for a model without weights.
         is_bundled: True if the weights ship with the package.
     """
@@ -93,9 +94,12 @@ class Model:
     weight_files: Mapping[str, str] = field(default_factory=dict)
     weights_note: str = ""
     licence: str = "BSD-3-Clause (code); weights trained by torchvision on COCO"
+    architecture: str = ""
     is_network: bool = True
     is_bundled: bool = False
 
+
+DEFAULT_MODEL = "maskrcnn_resnet50_fpn_v2"
 
 MODELS: Mapping[str, Model] = {
     "maskrcnn_resnet50_fpn_v2": Model(
@@ -110,12 +114,19 @@ MODELS: Mapping[str, Model] = {
         {"COCO_V1": "maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth"},
         "170 MB, downloaded by torchvision on first use",
     ),
+    "maskrcnn_mobilenet_v2_fpn": Model(
+        "small Mask R-CNN, MobileNetV2-FPN, 3.4 M parameters, short side 320 px; to be fine-tuned",
+        "segpipe.models.maskrcnn",
+        weights_note="your own: see jobs/finetune.py",
+        licence="Apache-2.0 (code)",
+    ),
     "demo": Model(
         "small Mask R-CNN, MobileNetV2-FPN; person, animal, vehicle; weak, for demonstrations",
         "segpipe.models.maskrcnn",
         {"BUNDLED": "demo_maskrcnn.safetensors"},
         "7 MB, ships with the package",
         licence="Apache-2.0 (code); weights trained on COCO photographs, for demonstrations",
+        architecture="maskrcnn_mobilenet_v2_fpn",
         is_bundled=True,
     ),
     "blank": Model(

@@ -83,7 +83,7 @@ def load_tensors(path: Path) -> tuple[dict[str, "torch.Tensor"], Mapping[str, An
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        return load_file(path), {}
+        return load_file(path), read_shapes(path)[1]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch doubts old pickles and asks to file an issue

@@ -5,29 +5,23 @@
 dtype, boxes, scores and labels are those of `model([image])` to the last bit.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-import torchvision
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection._utils import overwrite_eps
-from torchvision.models.detection.backbone_utils import BackboneWithFPN, _resnet_fpn_extractor
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import maskrcnn_inference
-from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.models.detection.transform import resize_boxes
-from torchvision.ops.misc import FrozenBatchNorm2d
 
 from segpipe.detections import Frame, Prediction, Selection, UInt8Array
 from segpipe.masks.roi import roi_grids
 from segpipe.models import ModelRequest
 from segpipe.models.checkpoints import has_batch_norm
+from segpipe.models.networks import BUILDERS, apply_preprocessing
 from segpipe.models.weights import read_state
 
 # torchvision sets the epsilon of frozen batch norm to 0 for exactly these weights (mask_rcnn.py, overwrite_eps).
@@ -144,24 +138,17 @@ class MaskRcnnSegmenter:
         )
 
 
-class Builder(Protocol):
-    """Builds a network without weights."""
-
-    def __call__(self, num_classes: int, *, batch_norm: bool) -> MaskRCNN:
-        """Return the network; `batch_norm` is live in the backbone, else frozen."""
-        ...
-
-
 def load(request: ModelRequest) -> MaskRcnnSegmenter:
     """Build the network and load its weights.
 
     Raises:
         WeightsError: if the weights cannot be read or are not the planned ones.
     """
-    state = read_state(request)
+    state, metadata = read_state(request)
     num_classes = max(request.info.categories) + 1
     model = BUILDERS[request.info.name](num_classes, batch_norm=has_batch_norm(state))
     model.load_state_dict(state)
+    apply_preprocessing(model, metadata.get("preprocessing"))
     is_first_coco = request.info.name == "maskrcnn_resnet50_fpn" and request.info.weights == "COCO_V1"
     if is_first_coco or request.info.weights_sha256.startswith(_ZERO_EPSILON_SHA256_PREFIX):
         overwrite_eps(model, 0.0)
@@ -178,56 +165,3 @@ def choose_device(asked: str) -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def expected_shapes(model_name: str, num_classes: int, *, batch_norm: bool) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of a network's tensors, without allocating them."""
-    with torch.device("meta"):
-        model = BUILDERS[model_name](num_classes, batch_norm=batch_norm)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def build_resnet50_fpn(num_classes: int, *, batch_norm: bool) -> MaskRCNN:
-    """Build v1; its trained weights have frozen batch norm, which an untrained model of torchvision has not."""
-    if batch_norm:
-        return torchvision.models.detection.maskrcnn_resnet50_fpn(
-            weights=None, weights_backbone=None, num_classes=num_classes
-        )
-    body = torchvision.models.resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
-    backbone = _resnet_fpn_extractor(body, trainable_layers=3)
-    return MaskRCNN(backbone, num_classes=num_classes)
-
-
-def build_resnet50_fpn_v2(num_classes: int, *, batch_norm: bool) -> MaskRCNN:  # noqa: ARG001  # v2 always has live ones
-    """Build v2."""
-    return torchvision.models.detection.maskrcnn_resnet50_fpn_v2(
-        weights=None, weights_backbone=None, num_classes=num_classes
-    )
-
-
-def build_mobilenet_v2_fpn(num_classes: int, *, batch_norm: bool) -> MaskRCNN:
-    """Build the demo's network: MobileNetV2 with a 64-channel FPN, 3.43 M parameters, short side 320 px."""
-    channels, head = 64, 256
-    norm: Callable[..., nn.Module] = nn.BatchNorm2d if batch_norm else FrozenBatchNorm2d
-    features = torchvision.models.mobilenet_v2(norm_layer=norm).features
-    stages = {"3": "0", "6": "1", "13": "2", "18": "3"}
-    anchors = AnchorGenerator(tuple((size,) for size in (20, 40, 80, 140, 220)), ((0.5, 1.0, 2.0),) * 5)
-    return MaskRCNN(
-        BackboneWithFPN(features, stages, [24, 32, 96, 1280], channels),
-        rpn_anchor_generator=anchors,
-        min_size=320,
-        max_size=512,
-        rpn_pre_nms_top_n_test=300,
-        rpn_post_nms_top_n_test=100,
-        box_head=TwoMLPHead(channels * 49, head),
-        box_predictor=FastRCNNPredictor(head, num_classes),
-        mask_head=MaskRCNNHeads(channels, (64, 64), 1),
-        mask_predictor=MaskRCNNPredictor(64, 64, num_classes),
-    )
-
-
-BUILDERS: Mapping[str, Builder] = {
-    "maskrcnn_resnet50_fpn": build_resnet50_fpn,
-    "maskrcnn_resnet50_fpn_v2": build_resnet50_fpn_v2,
-    "demo": build_mobilenet_v2_fpn,
-}

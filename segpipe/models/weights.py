@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from segpipe.config import ModelConfig
 from segpipe.detections import ModelInfo
 from segpipe.errors import WeightsError
-from segpipe.models import Model, ModelRequest, find_model, select
+from segpipe.models import DEFAULT_MODEL, MODELS, Model, ModelRequest, find_model, select
 from segpipe.models.categories import (
     COCO_NAMES,
     COCO_NUM_CLASSES,
@@ -44,12 +44,13 @@ def resolve_model(config: ModelConfig, storage_options: Mapping[str, Any] | None
         ConfigError: if the model or a category is unknown.
         WeightsError: if the weights cannot be had, read, or do not fit the model.
     """
+    config = _with_name(config, storage_options)
     model = find_model(config.name)
     location = None
     if not model.is_network:
         info = _info_without_weights(config)
     elif config.weights in ("DEFAULT", *model.weight_files):
-        name = next(iter(model.weight_files)) if config.weights == "DEFAULT" else config.weights
+        name = _default_weights(config.name, model) if config.weights == "DEFAULT" else config.weights
         info = _named_weights(config, model, name)
     else:
         _refuse_unknown_name(config, model)
@@ -65,11 +66,11 @@ def resolve_model(config: ModelConfig, storage_options: Mapping[str, Any] | None
     )
 
 
-def read_state(request: ModelRequest) -> dict[str, "torch.Tensor"]:
-    """Return the checkpoint's tensors, floating point ones as float32, after checking that it is the planned one.
+def read_state(request: ModelRequest) -> tuple[dict[str, "torch.Tensor"], Mapping[str, Any]]:
+    """Return the checkpoint's tensors, floating point ones as float32, and what else it says.
 
     Raises:
-        WeightsError: if it cannot be read, or its sha256 is another.
+        WeightsError: if it cannot be read, or its sha256 is not the planned one.
     """
     location, info = request.weights_location, request.info
     path = _named_path(info.name, info.weights) if location is None else fetch(location)
@@ -79,9 +80,30 @@ def read_state(request: ModelRequest) -> dict[str, "torch.Tensor"]:
             f"model.weights: {info.weights} changed while the run was going on: "
             f"sha256 {found[:12]}, planned with {info.weights_sha256[:12]}; start the run again"
         )
-    return {
-        name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in load_tensors(path)[0].items()
-    }
+    tensors, metadata = load_tensors(path)
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    return state, metadata
+
+
+def _with_name(config: ModelConfig, storage_options: Mapping[str, Any] | None) -> ModelConfig:
+    """Return the settings with the model that `auto` means: what the checkpoint says of itself, else the default.
+
+    Raises:
+        WeightsError: if the checkpoint says that it is of another architecture than the one that was asked for.
+    """
+    if "/" not in config.weights and "." not in config.weights:
+        return config if config.name != "auto" else config.model_copy(update={"name": DEFAULT_MODEL})
+    location = locate(config.weights, storage_options)
+    stated = read_shapes(fetch(location))[1].get("architecture")
+    stated = stated if stated in MODELS else None
+    if config.name == "auto":
+        return config.model_copy(update={"name": stated or DEFAULT_MODEL})
+    asked = find_model(config.name).architecture or config.name
+    if stated is not None and stated != asked:
+        raise WeightsError(
+            f"model.weights: {location.uri} says that it is a {stated}, asked for was {config.name}; leave --model out"
+        )
+    return config
 
 
 def _info_without_weights(config: ModelConfig) -> ModelInfo:
@@ -94,6 +116,12 @@ def _info_without_weights(config: ModelConfig) -> ModelInfo:
     return ModelInfo(config.name, CATEGORIES, OWN_SPACE, contiguous_ids(CATEGORIES), "", "", "Apache-2.0")
 
 
+def _default_weights(name: str, model: Model) -> str:
+    if not model.weight_files:
+        raise WeightsError(f"model.weights: {name} has no weights of its own; give a checkpoint with --weights FILE")
+    return next(iter(model.weight_files))
+
+
 def _refuse_unknown_name(config: ModelConfig, model: Model) -> None:
     """Refuse what looks like the name of weights but is none; anything with a dot or a slash is a file."""
     if "/" not in config.weights and "." not in config.weights:
@@ -104,6 +132,7 @@ def _refuse_unknown_name(config: ModelConfig, model: Model) -> None:
 
 
 def _named_weights(config: ModelConfig, model: Model, weights: str) -> ModelInfo:
+    """Return what is known of weights that go by a name."""
     path = _named_path(config.name, weights)
     if model.is_bundled:
         _, metadata = read_shapes(path)
@@ -193,7 +222,7 @@ def _check_fit(model_name: str, location: Location, shapes: Mapping[str, tuple[i
     Raises:
         WeightsError: if they are another architecture's.
     """
-    from segpipe.models.maskrcnn import expected_shapes
+    from segpipe.models.networks import expected_shapes
 
     expected = expected_shapes(model_name, num_classes, batch_norm=has_batch_norm(shapes))
     missing = [name for name in expected if name not in shapes]

@@ -1,0 +1,296 @@
+"""How good a run's masks and boxes are, by COCO annotations; pycocotools computes, this module matches."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from segpipe.coco.annotations import Annotations, GroupBy, describe_problems, read_annotations, regroup
+from segpipe.coco.confusion import count_confusions
+from segpipe.coco.exporting import CocoView
+from segpipe.coco.figures import Figures, IouType, compute_figures
+from segpipe.coco.matching import match_categories
+from segpipe.coco.plots import draw_confusion, draw_precision
+from segpipe.errors import OutputError
+from segpipe.lake import choose_run, read_categories
+from segpipe.layout import RunLayout
+from segpipe.runs import RunRecord, read_run
+from segpipe.storage import locate
+
+# What COCO's figures look at, and torchvision measures with; results above it are missed by a run that keeps less.
+_USUAL_SCORE_FLOOR = 0.05
+_CONFUSION_SCORE = 0.5
+_WORST_CATEGORIES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class CategoryFigures:
+    """How good one category is.
+
+    Attributes:
+        category: name.
+        num_instances: annotated, without crowds.
+        values: `segm AP`, `segm AP50`, `bbox AP`, `bbox AP50`; -1 where nothing is annotated.
+    """
+
+    category: str
+    num_instances: int
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        run_id: of the run.
+        figures: `segm` and `bbox`, or `bbox` alone for a run without masks; each the twelve COCO figures by name.
+        categories: worst first.
+        num_images: annotated images that were looked at.
+        num_found: of them, those that the run has.
+        warnings: why the figures may not be comparable, each with the fix.
+        files: what was written.
+    """
+
+    run_id: str
+    figures: Mapping[str, Mapping[str, float]]
+    categories: tuple[CategoryFigures, ...]
+    num_images: int
+    num_found: int
+    warnings: tuple[str, ...]
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationOptions:
+    """What is measured.
+
+    Attributes:
+        max_dets: instances of each image and category that count.
+        by: what the run's categories are in the dataset: its categories, or its supercategories.
+        matched_only: look only at the annotated images that the run has.
+    """
+
+    max_dets: int = 100
+    by: GroupBy = "category"
+    matched_only: bool = False
+
+
+@dataclass
+class _Found:
+    """What the run says about the annotated images."""
+
+    results: list[dict[str, Any]] = field(default_factory=list)
+    image_ids: set[int] = field(default_factory=set)
+    num_failed: int = 0
+    num_capped: int = 0
+    num_foreign: int = 0
+    has_masks: bool = True
+
+
+def evaluate(
+    output: str,
+    *,
+    annotations: str,
+    run_id: str | None = None,
+    options: EvaluationOptions | None = None,
+    folder: str | Path | None = None,
+) -> Evaluation:
+    """Compute the COCO figures of a run, and write them as JSON with two pictures.
+
+    Images are matched by file name, categories by name. Annotated images that the run has not count as images in which
+    nothing was found, as COCO counts them.
+
+    Args:
+        output: folder of the lake, path or URI.
+        annotations: path or URI of a COCO dataset.
+        run_id: of the run; None where there is only one.
+        options: what is measured; the usual if left out.
+        folder: for `figures.json`, `precision_recall.png`, `confusion.png`; None writes nothing.
+
+    Raises:
+        InputError: if the annotations are no COCO dataset, or have nothing in common with the run.
+        OutputError: if there is no such run, or it has no image, or the folder cannot be written.
+        StoreError: if a store does not answer.
+    """
+    options = options or EvaluationOptions()
+    layout = RunLayout(locate(output), choose_run(locate(output), run_id))
+    given = read_annotations(locate(annotations))
+    names = read_categories(layout)
+    truth = _in_run_terms(given, names, options.by)
+    found = _collect(CocoView(layout, truth))
+    image_ids = sorted(found.image_ids) if options.matched_only else sorted(truth.images)
+    dataset = truth.as_dataset()
+    kinds: list[IouType] = ["segm", "bbox"] if found.has_masks else ["bbox"]
+    figures: dict[str, Figures] = {
+        kind: compute_figures(
+            dataset, found.results, iou_type=kind, max_dets=_max_dets(options.max_dets), image_ids=image_ids
+        )
+        for kind in kinds
+    }
+    warnings = (
+        *_run_warnings(read_run(layout), found, options.max_dets),
+        *_match_warnings(given, names, found, options),
+        *describe_problems(given.problems),
+    )
+    looked_at = _reduced(truth, image_ids)
+    evaluation = Evaluation(
+        run_id=layout.run_id,
+        figures={kind: dict(found_figures.values) for kind, found_figures in figures.items()},
+        categories=_by_category(looked_at, figures),
+        num_images=len(image_ids),
+        num_found=len(found.image_ids),
+        warnings=warnings,
+        files=(),
+    )
+    if folder is None:
+        return evaluation
+    return _written(evaluation, Path(folder), figures, looked_at, found)
+
+
+def _in_run_terms(given: Annotations, names: Mapping[int, str], by: GroupBy) -> Annotations:
+    """Return the annotations of the categories that the run knows; by supercategory, in the run's ids."""
+    ids = match_categories(names, given, by=by)
+    if by == "supercategory":
+        return regroup(given, {names[index]: index for index in ids}, by=by)
+    return given
+
+
+def _collect(view: CocoView) -> _Found:
+    found = _Found()
+    for ids, images, instances in view.chunks():
+        found.image_ids |= set(ids.values())
+        found.num_foreign += images.num_rows - len(ids)
+        for row in images.select(["image_id", "status", "instances_capped"]).to_pylist():
+            if row["image_id"] in ids:
+                found.num_failed += row["status"] == "failed"
+                found.num_capped += row["instances_capped"]
+        found.results += view.results(ids, instances)
+    found.has_masks = all("segmentation" in result for result in found.results)
+    return found
+
+
+def _max_dets(largest: int) -> tuple[int, int, int]:
+    return (min(1, largest), min(10, largest), largest)
+
+
+def _run_warnings(record: RunRecord | None, found: _Found, max_dets: int) -> list[str]:
+    """Say what of the run's settings makes its figures lower than the model's."""
+    settings = record.settings if record else {}
+    warnings = []
+    if record is not None and record.state != "done":
+        warnings.append(f"the run is {record.state}: its missing images count as empty; finish it first")
+    floor = settings.get("model.score_threshold", 0)
+    if floor > _USUAL_SCORE_FLOOR:
+        warnings.append(
+            f"the run kept only scores above {floor}, which lowers AP; run with model.score_threshold 0.05 to compare"
+        )
+    warnings += [
+        f"the run was made with {key}, which lowers AP; leave it out to compare"
+        for key in ("model.category_thresholds", "model.categories")
+        if settings.get(key)
+    ]
+    kept = settings.get("model.max_instances", max_dets)
+    if kept < max_dets:
+        capped = f" and cut {found.num_capped:,} of these images" if found.num_capped else ""
+        warnings.append(
+            f"the run kept {kept} instances an image{capped}, AP looks at {max_dets}; run with model.max_instances "
+            f"{max_dets}, or give --max-dets {kept}"
+        )
+    return warnings
+
+
+def _match_warnings(
+    given: Annotations, names: Mapping[int, str], found: _Found, options: EvaluationOptions
+) -> list[str]:
+    """Say what of the run and of the annotations has no counterpart."""
+    warnings = []
+    missing = len(given.images) - len(found.image_ids)
+    if missing and not options.matched_only:
+        warnings.append(
+            f"{missing:,} of the {len(given.images):,} annotated images are not in the run and count as empty; "
+            f"run them too, or give --matched-only"
+        )
+    if found.num_foreign:
+        warnings.append(f"{found.num_foreign:,} images of the run are not annotated and are left out")
+    if found.num_failed:
+        warnings.append(f"{found.num_failed:,} annotated images failed in the run and count as empty; see error_type")
+    ids = match_categories(names, given, by=options.by)
+    moved = [index for index, target in ids.items() if index != target]
+    if moved:
+        index = moved[0]
+        warnings.append(
+            f"category ids differ ({names[index]} is {index} in the run, {ids[index]} in the annotations), so they are "
+            f"matched by name; `segpipe export coco --annotations` writes the annotations' ids"
+        )
+    if options.by == "category":
+        unknown = sorted({str(one["name"]) for one in given.categories.values()} - set(names.values()))
+        if unknown:
+            warnings.append(
+                f"{len(unknown)} annotated categories are unknown to the run ({', '.join(unknown[:5])}) and count as "
+                f"never found; evaluate with annotations of the model's own categories to compare"
+            )
+    return warnings
+
+
+def _reduced(truth: Annotations, image_ids: Sequence[int]) -> Annotations:
+    wanted = set(image_ids)
+    images = {index: image for index, image in truth.images.items() if index in wanted}
+    kept = [one for one in truth.annotations if one["image_id"] in wanted]
+    return Annotations(truth.uri, images, truth.categories, kept, truth.problems, truth.info)
+
+
+def _by_category(truth: Annotations, figures: Mapping[str, Figures]) -> tuple[CategoryFigures, ...]:
+    """Return the categories that are annotated, worst first."""
+    counts = dict.fromkeys(truth.categories, 0)
+    for annotation in truth.annotations:
+        counts[annotation["category_id"]] += not annotation["iscrowd"]
+    first = next(iter(figures))
+    found = []
+    for index, count in counts.items():
+        if count:
+            values = {}
+            for kind, one in figures.items():
+                values[f"{kind} AP"], values[f"{kind} AP50"] = one.ap_by_category[index]
+            found.append(CategoryFigures(str(truth.categories[index]["name"]), count, values))
+    return tuple(sorted(found, key=lambda one: (one.values[f"{first} AP"], one.category)))
+
+
+def _written(
+    evaluation: Evaluation, folder: Path, figures: Mapping[str, Figures], truth: Annotations, found: _Found
+) -> Evaluation:
+    names = [str(truth.categories[index]["name"]) for index in sorted(truth.categories)]
+    worst = {one.category for one in evaluation.categories[:_WORST_CATEGORIES]}
+    counts = count_confusions(truth, found.results, score_threshold=_CONFUSION_SCORE, masks=found.has_masks)
+    content = {
+        "run": evaluation.run_id,
+        "annotations": truth.uri,
+        "images": evaluation.num_images,
+        "images_found": evaluation.num_found,
+        "figures": evaluation.figures,
+        "categories": [
+            {"category": one.category, "instances": one.num_instances, **one.values} for one in evaluation.categories
+        ],
+        "warnings": evaluation.warnings,
+    }
+    pictures = {
+        "figures.json": (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(),
+        "precision_recall.png": draw_precision(figures, title=evaluation.run_id),
+        "confusion.png": draw_confusion(
+            counts,
+            names,
+            shown=[rank for rank, name in enumerate(names) if name in worst],
+            title=f"worst categories; scores from {_CONFUSION_SCORE}, IoU from 0.5; colour: share of the row",
+        ),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in pictures.items():
+            (folder / name).write_bytes(data)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error}") from None
+    return Evaluation(
+        evaluation.run_id, evaluation.figures, evaluation.categories, evaluation.num_images, evaluation.num_found,
+        evaluation.warnings, tuple(str(folder / name) for name in pictures),
+    )  # fmt: skip
