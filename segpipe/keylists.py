@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from segpipe.errors import OutputError
 from segpipe.layout import RunLayout
 from segpipe.records import ListedImage, Location, Version
 from segpipe.storage import list_names, read_bytes, write_bytes
@@ -69,13 +70,20 @@ def read_keys(layout: RunLayout, options: Location) -> KeyList:
         options: the input's root, whose store options hold for images of the same scheme.
 
     Raises:
+        OutputError: if a part is damaged.
         StoreError: if the store does not answer.
     """
     keys = KeyList()
     num_chunks = 0
     names = [name for name in list_names(layout.keys_folder) if name.endswith(".parquet") and name[0] != "."]
     for name in names:
-        table = parse_table(read_bytes(layout.keys_folder / name))
+        try:
+            table = parse_table(read_bytes(layout.keys_folder / name)).cast(_SCHEMA)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise OutputError(
+                f"{(layout.keys_folder / name).uri}: is damaged ({' '.join(str(error).split())[:120]}); restore it, or "
+                f"start a run of another name with output.run_id"
+            ) from None
         for row in table.to_pylist():
             uri = row["uri"].decode("utf-8", "surrogateescape")
             place = Location(uri)

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import psutil
 
@@ -186,8 +187,13 @@ def _this_process() -> Holder:
 
 
 def _host() -> str:
+    """Return a name for where process ids mean something: this start of this machine, and the container's own ids.
+
+    Host names alone are shared by machines that were copied from one image.
+    """
     try:
-        return f"{socket.gethostname()}/{os.readlink('/proc/self/ns/pid')}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{socket.gethostname()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return socket.gethostname()
 

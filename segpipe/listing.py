@@ -88,7 +88,7 @@ def _list_local(place: Location) -> list[StoredFile]:
         seen.update(targets.values())
         for name in names:
             path = os.path.join(folder, name)
-            if os.path.isfile(path):
+            if os.path.isfile(path) or not os.path.exists(path):  # a link to nowhere is an input that cannot be read
                 files.append(StoredFile(os.path.relpath(path, root), Location(path), _local_version(path)))
     return files
 
@@ -98,7 +98,10 @@ def _raise(error: OSError) -> None:
 
 
 def _local_version(path: str) -> Version:
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return Version(None, None)
     seconds, nanoseconds = divmod(status.st_mtime_ns, 1_000_000_000)
     moment = dt.datetime.fromtimestamp(seconds, dt.UTC)
     return Version(status.st_size, f"modified {moment:%Y-%m-%dT%H:%M:%S}.{nanoseconds:09d}Z")

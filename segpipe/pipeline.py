@@ -52,7 +52,7 @@ def run(
         LeaseLostError: if another driver took the run over.
     """
     on_progress(Progress("listing the input"))
-    request = check_request(config)
+    request = check_request(config, lambda text: on_progress(Progress(text)))
     with ExitStack() as stack:
         try:
             lease = stack.enter_context(hold_lease(request.layout.lease_file, lambda text: on_progress(Progress(text))))

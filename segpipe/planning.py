@@ -69,6 +69,7 @@ def make_plan(request: Request, *, limit: int | None = None, refresh: bool = Fal
     if record is not None:
         _refuse_other_settings(record, request)
     receipts = read_receipts(request.layout)
+    _refuse_gaps(record, receipts, request)
     image_bytes = sample_image_bytes(request.listing, request.config.input)
     chunk_images = record.chunk_images if record is not None else choose_chunk_images(request, image_bytes)
     plan = Plan(request, record, chunk_images, receipts, (), image_bytes=image_bytes)
@@ -132,6 +133,28 @@ def is_complete(plan: Plan, receipts: Mapping[str, Receipt]) -> bool:
     return not _plan_streams(replace(plan, receipts=receipts), refresh=True).work
 
 
+def _refuse_gaps(record: RunRecord | None, receipts: Mapping[str, Receipt], request: Request) -> None:
+    """Refuse a run whose own notes are gone: how its input was cut is known from them alone.
+
+    Raises:
+        OutputError: if there are committed chunks without run.json, or chunks that its written list of keys has not.
+    """
+    if not receipts:
+        return
+    layout, problem = request.layout, ""
+    if record is None:
+        problem = f"{layout.run_file.uri} is missing"
+    elif not request.listing.is_streamed:
+        num_chunks = read_keys(layout, request.listing.root).num_chunks
+        beyond = [receipt for receipt in receipts.values() if receipt.chunk.index >= num_chunks]
+        problem = f"{layout.keys_folder.uri} lacks chunk {beyond[0].chunk.index}" if beyond else ""
+    if problem:
+        raise OutputError(
+            f"output.uri: {layout.output.uri} has {len(receipts):,} committed chunks of {layout.run_id}, but "
+            f"{problem}, so nobody knows how they were cut; restore it, or name another run with output.run_id"
+        )
+
+
 def _refuse_other_settings(record: RunRecord, request: Request) -> None:
     if record.fingerprint == request.label.fingerprint:
         return
@@ -160,9 +183,9 @@ def _plan_streams(plan: Plan, *, refresh: bool) -> Plan:
         end = next((receipt.chunk.index for receipt in current if receipt.shard_num_images is not None), None)
         done = frozenset(receipt.chunk.index for receipt in current)
         # Beyond the end of a shard that was refreshed and is shorter now there is nothing to redo, only to remove.
-        last = len(receipts) if end is None else end
-        obsolete += [receipt for receipt in receipts if end is not None and receipt.chunk.index > end]
-        stale = [receipt for receipt in receipts if receipt.chunk.version != version and receipt.chunk.index <= last]
+        beyond = [receipt for receipt in receipts if end is not None and receipt.chunk.index > end]
+        obsolete += beyond
+        stale = [receipt for receipt in receipts if receipt.chunk.version != version and receipt not in beyond]
         if stale and not refresh:
             replaced.append(f"{shard.name} was {stale[0].chunk.version}, is {shard.version}")
         elif end is None or done != frozenset(range(end + 1)):

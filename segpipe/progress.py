@@ -113,7 +113,7 @@ class Tally:
     def add(self, outcome: Committed | Fault) -> None:
         """Count a chunk that was committed or left pending."""
         if isinstance(outcome, Fault):
-            logger.warning("pending=%s stage=%s reason=%s", outcome.where, outcome.stage, outcome.message)
+            logger.info("pending=%s stage=%s reason=%s", outcome.where, outcome.stage, outcome.message)
             self.faults.append(outcome)
         else:
             receipt = outcome.receipt

@@ -1,7 +1,7 @@
 """The quick look: a few images through the model in this process, without Ray and without a lake; and the demo."""
 
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -11,7 +11,7 @@ from typing import Any
 from segpipe.config import InputConfig, ModelConfig, ResourcesConfig, load_config
 from segpipe.detections import UInt8Array
 from segpipe.engines import local_cpus, threads_per_actor
-from segpipe.errors import InputError
+from segpipe.errors import InputError, OutputError
 from segpipe.images import decode_image
 from segpipe.lake import read_table
 from segpipe.models import pin_threads
@@ -99,8 +99,12 @@ def predict(
     try:
         segment = SegmentChunk(SegmentSettings(request, decoding.max_pixels, decoding.allow_truncated, threads))
         predictions = []
+        taken: Counter[str] = Counter()
         for image, content in zip(images, contents, strict=True):
-            predictions.append(_predict_one(segment, image, content, Path(output), score_threshold))
+            stem = Path(locate(image).name).stem
+            taken[stem] += 1  # x.jpg and x.png, a/x.jpg and b/x.jpg: each has a picture of its own
+            overlay = Path(output) / (stem if taken[stem] == 1 else f"{stem}-{taken[stem]}")
+            predictions.append(_predict_one(segment, image, content, overlay, score_threshold))
             on_image(predictions[-1])
         return predictions
     finally:
@@ -147,19 +151,31 @@ def demo(
     overlays = []
     for photo in sorted(photos.iterdir()):
         pixels = decode_image(photo.read_bytes(), max_pixels=config.input.max_pixels).pixels
-        overlays.append(_save(Path(folder) / "overlays", photo.name, pixels, rows[photo.name]))
+        overlays.append(_save(Path(folder) / "overlays" / photo.stem, pixels, rows[photo.name]))
     return DemoResult(summary, photos, lake, tuple(overlays), tuple(table.slice(0, 5).to_pylist()))
 
 
 def copy_demo_photos(folder: Path) -> None:
-    """Copy the demo's photographs out of the packages that ship them; those already there stay as they are."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for package, inner, name in DEMO_PHOTOS:
-        if not (folder / name).exists():
-            beside = folder / f".{name}.tmp"
-            with resources.as_file(resources.files(package) / inner / name) as source:
-                shutil.copy2(source, beside)
-            beside.replace(folder / name)
+    """Copy the demo's photographs out of the packages that ship them; those already there stay as they are.
+
+    Raises:
+        OutputError: if the folder holds anything else, or cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        strangers = {path.name for path in folder.iterdir() if path.name[0] != "."} - {name for *_, name in DEMO_PHOTOS}
+        if strangers:
+            raise OutputError(
+                f"{folder}: holds other files, such as {min(strangers)}; choose a new folder with --output"
+            )
+        for package, inner, name in DEMO_PHOTOS:
+            if not (folder / name).exists():
+                beside = folder / f".{name}.tmp"
+                with resources.as_file(resources.files(package) / inner / name) as source:
+                    shutil.copy2(source, beside)
+                beside.replace(folder / name)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error}") from None
 
 
 def _read(image: str) -> bytes:
@@ -170,7 +186,7 @@ def _read(image: str) -> bytes:
 
 
 def _predict_one(
-    segment: SegmentChunk, image: str, content: bytes, folder: Path, score_threshold: float
+    segment: SegmentChunk, image: str, content: bytes, overlay_stem: Path, score_threshold: float
 ) -> ImagePrediction:
     name = locate(image).name
     chunk = EncodedChunk(ChunkId(name, ".", 0, 1, ""), (EncodedImage(name, name, None, content),))
@@ -182,12 +198,15 @@ def _predict_one(
     overlay = None
     if row["status"] == "ok":
         pixels = decode_image(content, max_pixels=segment.settings.max_pixels).pixels
-        overlay = _save(folder, name, pixels, instances)
+        overlay = _save(overlay_stem, pixels, instances)
     return ImagePrediction(image, row, tuple(instances), overlay)
 
 
-def _save(folder: Path, name: str, pixels: UInt8Array, rows: Sequence[Mapping[str, Any]]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{Path(name).stem}.overlay.png"
-    draw_overlay(pixels, rows).save(path)
+def _save(stem: Path, pixels: UInt8Array, rows: Sequence[Mapping[str, Any]]) -> Path:
+    path = stem.with_name(f"{stem.name}.overlay.png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_overlay(pixels, rows).save(path)
+    except OSError as error:
+        raise OutputError(f"{path.parent}: cannot be written: {error}") from None
     return path

@@ -1,6 +1,6 @@
 """A request, checked: everything that a user may have got wrong, before any model is loaded or anything is written."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from segpipe.config import Config, fingerprint, row_settings
@@ -35,8 +35,12 @@ class Request:
     layout: RunLayout
 
 
-def check_request(config: Config) -> Request:
-    """List the input, resolve model and weights, name the run, and look at the output.
+def check_request(config: Config, on_phase: Callable[[str], None] = lambda _: None) -> Request:
+    """Look at the output, list the input, resolve model and weights, name the run.
+
+    Args:
+        config: as given.
+        on_phase: told what takes a while: weights may have to be downloaded.
 
     Raises:
         RequestError: for every mistake of the user; one line with the fix.
@@ -49,8 +53,9 @@ def check_request(config: Config) -> Request:
         check_output(output)
     except StoreError as error:
         raise OutputError(f"output.uri: cannot be used: {error}") from None
-    model = resolve_model(config.model, config.input.storage_options)
     listing = list_input(config.input)
+    on_phase("looking for the weights")
+    model = resolve_model(config.model, config.input.storage_options)
     settings = _settled(config, listing, model)
     digest = fingerprint(settings)
     run_id = f"{model.info.name.lower()}-{digest[:8]}" if config.output.run_id == "auto" else config.output.run_id
@@ -66,6 +71,7 @@ def _settled(config: Config, listing: InputListing, model: ModelRequest) -> dict
         "input.uri": locate(config.input.uri).uri,
         "input.format": listing.kind,
         "model.name": model.info.name,
+        "model.category_names": {str(index): name for index, name in sorted(model.info.categories.items())},
         "model.weights": model.info.weights_sha256,
         "model.categories": sorted(selection.category_ids or ()),
         "model.category_thresholds": {str(key): value for key, value in sorted(selection.category_thresholds.items())},

@@ -112,7 +112,9 @@ def read_run(layout: RunLayout) -> RunRecord | None:
     except FileNotFoundError:
         return None
     except ValueError:
-        raise OutputError(f"{file}: is no JSON; restore it, or remove the run's folder and start again") from None
+        raise OutputError(
+            f"{file}: is no JSON; restore it, or start a run of another name with output.run_id"
+        ) from None
     version = fields.get("schema_version") if isinstance(fields, dict) else None
     check_schema_version(
         {b"segpipe.schema_version": str(version).encode()} if isinstance(version, int) else None, file=file
@@ -199,7 +201,8 @@ def find_orphans(layout: RunLayout, receipts: Mapping[str, Receipt]) -> list[Loc
     """Return instances files that no receipt names, and files whose writing was cut short."""
     named = {receipt.instances_file for receipt in receipts.values()}
     instances = layout.table("instances")
-    orphans = [instances / name for name in list_names(instances) if name not in named]
+    mine = (".parquet", TEMPORARY_SUFFIX)  # anything else is somebody's, and reported
+    orphans = [instances / name for name in list_names(instances) if name not in named and name.endswith(mine)]
     for folder in (layout.table("images"), layout.table("categories"), layout.keys_folder, layout.folder):
         orphans += [folder / name for name in list_names(folder) if name.endswith(TEMPORARY_SUFFIX)]
     return orphans

@@ -117,7 +117,8 @@ def _explain(problem: Mapping[str, Any], kind: type[BaseModel]) -> str:
     if problem["type"] == "missing":
         option = {"input": "--input", "output": "--output"}.get(location[0], "--set")
         return f"{key}: is missing; give it in the file or with {option}.{allowed}"
-    return f"{key}: {problem['input']!r} is not allowed.{allowed}"
+    hint = f" Write it as a list: [{problem['input']}]." if problem["type"] == "list_type" else ""
+    return f"{key}: {problem['input']!r} is not allowed.{hint}{allowed}"
 
 
 def _first_line(error: Exception) -> str:

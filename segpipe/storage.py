@@ -33,9 +33,15 @@ _STORE_PACKAGES = frozenset({"botocore", "aiobotocore", "aiohttp", "s3fs", "gcsf
 
 
 def locate(uri: str, options: Mapping[str, Any] | None = None) -> Location:
-    """Return the place that a user's text names; a local path becomes absolute."""
+    """Return the place that a user's text names; a local path becomes absolute.
+
+    Raises:
+        PlaceError: if a URI has nothing but a scheme, as an empty variable in `s3://$BUCKET` leaves it.
+    """
     text = uri.removeprefix("file://")
     if "://" in text:
+        if not text.split("://", 1)[1].strip("/"):
+            raise PlaceError(f"{uri}: names no bucket or folder; write it out, such as s3://bucket/lake")
         return Location(text.rstrip("/"), options or {})
     return Location(os.path.abspath(os.path.expanduser(text)), options or {})
 
@@ -180,7 +186,7 @@ def _resolve(place: Location) -> tuple[Any, str]:
     try:
         # A cached listing would hide what another process has written since.
         store, path = fsspec.core.url_to_fs(place.uri, use_listings_cache=False, **place.options)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, TypeError) as error:  # TypeError: an option that the client does not know
         raise PlaceError(f"{place.uri}: cannot be reached: {' '.join(str(error).split())}") from None
     return store, str(path)
 

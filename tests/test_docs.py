@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import stat
@@ -29,7 +30,7 @@ def blocks(language: str) -> list[str]:
 
 
 COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
-NEEDS_DOWNLOAD = [line for line in COMMANDS if "maskrcnn_resnet50_fpn_v2" in line]
+NEEDS_DOWNLOAD = [line for line in COMMANDS if "maskrcnn_resnet50_fpn_v2" in line or "finetuned/" in line]
 NEEDS_RAY = [
     line for line in COMMANDS if line.startswith("segpipe run") and "inline" not in line and line not in NEEDS_DOWNLOAD
 ]
@@ -48,6 +49,9 @@ def workplace(tmp_path_factory, package_photos) -> Path:
     shutil.copytree(ROOT / "configs", folder / "configs")
     first = "segpipe run --input photos/ --output lake/ --model demo --engine inline"
     subprocess.run(segpipe_command(first), cwd=folder, check=True, capture_output=True)
+    # Annotations and another tool's results, as a reader would have them.
+    segpipe.export_coco(str(folder / "lake"), folder / "instances.json", full=True)
+    segpipe.export_coco(str(folder / "lake"), folder / "results.json", annotations=str(folder / "instances.json"))
     return folder
 
 
@@ -75,12 +79,20 @@ def test_every_command_of_the_readme_runs_on_local_ray(workplace, line):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("line", NEEDS_DOWNLOAD)
-def test_commands_that_need_a_download_have_flags_that_exist(line):
+@pytest.mark.parametrize("line", [line for line in NEEDS_DOWNLOAD if line.startswith("segpipe")])
+def test_commands_that_need_a_download_or_a_training_have_flags_that_exist(line):
     _, verb, *arguments = shlex.split(line)
     command = get_command(app).commands[verb]
     context = command.make_context(verb, arguments, resilient_parsing=False)
-    assert context.params["model"] == "maskrcnn_resnet50_fpn_v2"
+    assert context.params["model"] == "maskrcnn_resnet50_fpn_v2" or "finetuned/" in context.params["weights"]
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("python jobs/")])
+def test_every_job_of_the_readme_has_flags_that_exist(line):
+    _, script, *arguments = shlex.split(line)
+    module = runpy.run_path(str(ROOT / script))
+    context = get_command(module["app"]).make_context(script, arguments)
+    assert context.params["output"] == "finetuned/"
 
 
 def test_every_script_of_the_readme_is_there_and_can_be_run():

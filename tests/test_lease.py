@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
@@ -169,3 +170,23 @@ def test_a_store_that_fails_while_renewing_is_said_and_survived(place, quick, mo
         lease.check()
         monkeypatch.setattr(lease_module, "write_bytes", honest)
     assert "lease_renewed=false reason=down" in caplog.text
+
+
+def test_a_takeover_that_another_driver_overtook_does_not_hold(place, quick, monkeypatch):
+    """Two drivers see the same dead lease; the slower removes the faster one's new lease. The faster must notice."""
+    store(place, replace(lease_module._this_process(), process_started=1.0))
+    slower = replace(lease_module._this_process(), token="slower")
+    monkeypatch.setattr(lease_module.time, "sleep", lambda _: store(place, slower))
+    with pytest.raises(RunLockedError, match="this run is being worked on by"), hold_lease(place):
+        pass
+    assert read_holder(place) == slower
+
+
+def test_a_machine_of_the_same_name_is_another_machine(place, quick):
+    mine = lease_module._this_process()
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    if not boot.exists():
+        pytest.skip("no /proc here")
+    assert boot.read_text().strip() in mine.host
+    clone = replace(mine, host=mine.host.replace(boot.read_text().strip(), "another-start"), process_started=1.0)
+    assert is_alive(clone) is None

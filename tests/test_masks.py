@@ -252,3 +252,24 @@ def test_a_stored_mask_that_does_not_fit_is_found():
     assert find_problem(None, height=3, width=4, area=5) == "area is 5 but there is no mask"
     assert "a run has no pixels" in str(find_problem(compress([3, 3], num_pixels=12), height=3, width=4, area=0))
     assert "not a COCO" in str(find_problem("\x01", height=3, width=4, area=0))
+
+
+def test_compiled_code_calls_nothing_outside_its_own_file():
+    """numba keeps compiled code by the file of the entry point: a change elsewhere would go unnoticed."""
+    import importlib
+    import pkgutil
+
+    from numba.core.registry import CPUDispatcher
+
+    import segpipe.masks
+
+    found = 0
+    for module in pkgutil.iter_modules(segpipe.masks.__path__, "segpipe.masks."):
+        for function in vars(importlib.import_module(module.name)).values():
+            if isinstance(function, CPUDispatcher) and function.py_func.__module__ == module.name:
+                found += 1
+                names = function.py_func.__code__.co_names
+                called = [function.py_func.__globals__.get(name) for name in names]
+                homes = {one.py_func.__module__ for one in called if isinstance(one, CPUDispatcher)}
+                assert homes <= {module.name}, function
+    assert found > 8

@@ -12,6 +12,7 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_V2_Weights, MaskR
 from segpipe.config import ModelConfig
 from segpipe.detections import Selection
 from segpipe.errors import ConfigError, WeightsError
+from segpipe.masks.grids import encode_grids
 from segpipe.models import MODELS, find_model, is_machine_fault, load_segmenter, pin_threads
 from segpipe.models.categories import COCO_NAMES, coco_categories, contiguous_ids, find_category
 from segpipe.models.checkpoints import fetch
@@ -295,6 +296,17 @@ def test_thresholds_hold_by_category():
     assert found.category_ids.tolist() == [3] * 10
 
 
+def test_a_detection_must_score_above_its_threshold_and_not_just_reach_it():
+    scores = np.unique(predict(blank(score_threshold=0.0), CROWD).scores)
+    middle = float(scores[len(scores) // 2])
+    found = predict(blank(score_threshold=middle), CROWD).scores
+    assert found.min() == scores[len(scores) // 2 + 1]
+    blue = predict(blank(score_threshold=0.0, categories=["blue"]), CROWD).scores
+    exact = float(np.unique(blue)[0])
+    strict = predict(blank(score_threshold=0.0, categories=["blue"], category_thresholds={"blue": exact}), CROWD)
+    assert strict.num_candidates == int((blue > exact).sum()) < len(blue)
+
+
 def test_a_batch_gives_each_image_its_own_prediction():
     segmenter = blank()
     images = [cells(["red"] * count + [None] * (8 - count)) for count in (3, 0, 8)]
@@ -342,6 +354,26 @@ def test_mask_rcnn_thresholds_hold_by_category(package_photos):
     ]
     assert 0 < len(strict.scores) < len(plain.scores)
     assert list(zip(strict.category_ids, strict.scores, strict=True)) == expected
+    exact = float(plain.scores[1])
+    above = predict(load_segmenter(resolve(name="demo", score_threshold=exact)), image)
+    assert above.scores.tolist() == plain.scores[:1].tolist()
+    same = int(plain.category_ids[1])
+    above = predict(load_segmenter(resolve(name="demo", category_thresholds={same: exact})), image)
+    kept = (plain.category_ids != same) | (plain.scores > exact)
+    assert above.scores.tolist() == plain.scores[kept].tolist()
+
+
+def test_the_mask_threshold_decides_which_pixels_belong_to_a_mask(package_photos):
+    from PIL import Image
+
+    image = np.array(Image.open(package_photos / "astronaut.png").convert("RGB"))
+    areas = []
+    for threshold in (0.3, 0.5, 0.9):
+        found = predict(load_segmenter(resolve(name="demo", mask_threshold=threshold, max_instances=3)), image)
+        assert found.masks.threshold == threshold
+        areas.append(encode_grids(found.masks, height=image.shape[0], width=image.shape[1])[1])
+    assert (areas[0] > areas[1]).all()
+    assert (areas[1] > areas[2]).all()
 
 
 def test_mask_rcnn_gives_the_documented_types(package_photos):

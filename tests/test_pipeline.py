@@ -460,7 +460,9 @@ def test_progress_tells_the_phases_and_counts_up(tmp_path):
     write_photos(tmp_path / "in", range(10))
     told: list[Progress] = []
     run(config(tmp_path / "in", tmp_path / "lake"), on_progress=told.append)
-    assert [progress.phase for progress in told[:2]] == ["listing the input", "loading blank"]
+    assert [progress.phase for progress in told[:3]] == [
+        "listing the input", "looking for the weights", "loading blank"
+    ]  # fmt: skip
     counts = [progress.committed.images for progress in told]
     assert counts == sorted(counts)
     assert (told[-1].committed.images, told[-1].expected_images, told[-1].left_s) == (10, 10, 0)
@@ -471,7 +473,7 @@ def test_progress_on_shards_is_an_estimate_until_they_are_read(tmp_path):
         write_tar(tmp_path / "in" / f"{name}.tar", photo_members(range(10)))
     told: list[Progress] = []
     run(config(tmp_path / "in", tmp_path / "lake"), on_progress=told.append)
-    first, last = told[2], told[-1]
+    first, last = told[3], told[-1]
     assert first.is_estimate
     assert first.expected_images > 4
     assert (last.is_estimate, last.expected_images) == (False, 20)

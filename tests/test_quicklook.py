@@ -6,7 +6,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from segpipe.config import ModelConfig
-from segpipe.errors import InputError
+from segpipe.errors import InputError, OutputError
 from segpipe.lake import read_table
 from segpipe.overlay import draw_overlay
 from segpipe.pipeline import run
@@ -72,3 +72,27 @@ def test_the_demo_resumes_and_draws_one_overlay_a_photograph(tmp_path):
     copy_demo_photos(tmp_path / "photos")
     other = demo(tmp_path / "b", model="blank", engine="inline")
     assert_same_rows(first.lake, other.lake)
+
+
+def test_images_of_the_same_name_have_pictures_of_their_own(package_photos, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes((package_photos / "rocket.jpg").read_bytes())
+    found = predict([str(tmp_path / "a" / "x.png"), str(tmp_path / "b" / "x.png")], output=tmp_path / "out")
+    assert [one.overlay.name for one in found] == ["x.overlay.png", "x-2.overlay.png"]
+    assert all(one.overlay.is_file() for one in found)
+
+
+def test_a_place_that_cannot_be_written_is_one_line(package_photos, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="file: cannot be written"):
+        predict([str(package_photos / "rocket.jpg")], output=tmp_path / "file")
+    with pytest.raises(OutputError, match="photos: cannot be written"):
+        demo(tmp_path / "file", engine="inline")
+
+
+def test_the_demo_leaves_other_photographs_alone(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "mine.jpg").write_bytes(b"x")
+    with pytest.raises(OutputError, match="holds other files, such as mine.jpg; choose a new folder with --output"):
+        demo(tmp_path, engine="inline")

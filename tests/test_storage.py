@@ -130,7 +130,10 @@ def test_linked_folders_are_followed_once(tmp_path):
     (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "in")
     (tmp_path / "in" / "dangling.jpg").symlink_to(tmp_path / "gone")
-    assert [file.name for file in list_files(Location(str(tmp_path / "in")))] == ["link/a.jpg"]
+    assert [file.name for file in list_files(Location(str(tmp_path / "in")))] == [
+        "dangling.jpg",  # an input that cannot be read
+        "link/a.jpg",
+    ]
 
 
 def test_nothing_at_a_place_is_an_answer_not_a_fault(place):
@@ -226,3 +229,29 @@ def test_a_fault_in_the_middle_of_a_stream_is_a_store_error(tmp_path):
 def test_a_scheme_that_nobody_knows_is_the_users_mistake(uri):
     with pytest.raises(PlaceError, match="cannot be reached"):
         read_bytes(Location(uri))
+
+
+@pytest.mark.parametrize("uri", ["s3://", "memory://", "s3:///", "gs:////"])
+def test_a_uri_without_a_bucket_is_refused(uri):
+    with pytest.raises(PlaceError, match="names no bucket or folder"):
+        locate(uri)
+
+
+def test_a_write_replaces_the_file_as_a_whole_and_is_synced_with_its_folder(tmp_path, monkeypatch):
+    """A reader that opened the old file keeps it; name and content are on the disk before the call returns."""
+    place = Location(str(tmp_path / "a"))
+    write_bytes(place, b"old")
+    inode = os.stat(place.uri).st_ino
+    synced = []
+    fsync = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda number: (synced.append(os.readlink(f"/proc/self/fd/{number}")), fsync(number))
+    )
+    with open(place.uri, "rb") as reader:
+        write_bytes(place, b"new and longer")
+        assert reader.read() == b"old"
+    assert os.stat(place.uri).st_ino != inode
+    assert [os.path.isdir(path) for path in synced] == [False, True]
+    assert synced[1] == str(tmp_path)
+    create_bytes(Location(str(tmp_path / "b")), b"1")
+    assert synced[2:] == [str(tmp_path / "b")]

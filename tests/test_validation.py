@@ -141,7 +141,17 @@ def test_scores_that_rise_are_found(lake):
 
 @pytest.mark.parametrize(
     ("column", "value", "text"),
-    [("status", "failed", "has status 'failed', error None"), ("status", "maybe", "has status 'maybe'")],
+    [
+        ("status", "failed", "has status 'failed', error [None, None, None]"),
+        ("status", "maybe", "has status 'maybe'"),
+        ("error_stage", "decode", "has status 'ok', error ['decode', None, None]"),
+        ("num_candidates", 0, "instances of 0 candidates"),
+        ("num_candidates", 99, "of 99 candidates, capped False"),
+        ("shard", "other.tar", "is of shard 'other.tar', its chunk of '.'"),
+        ("key", "other.png", "is called otherwise than its shard '.' and key 'other.png'"),
+        ("sha256", "xyz", "has sha256 'xyz'"),
+        ("byte_size", -1, "and -1 bytes"),
+    ],
 )
 def test_a_changed_status_is_found(lake, column, value, text):
     rewrite(first(lake, "images"), replaced(column, value))
@@ -217,3 +227,87 @@ def test_a_shard_with_a_hole_in_it_is_found(tmp_path):
 def test_what_is_no_lake_is_refused(tmp_path):
     with pytest.raises(OutputError, match="holds no run of segpipe"):
         validate(str(tmp_path))
+
+
+def test_a_failed_image_with_instances_is_found(lake):
+    def fail(table):
+        for column, value in (
+            ("status", "failed"), ("error_stage", "decode"), ("error_type", "x"), ("error_message", "y"),
+        ):  # fmt: skip
+            table = replaced(column, value)(table)
+        return table
+
+    rewrite(first(lake, "images"), fail)
+    assert any("failed and has" in problem for problem in broken(lake)["images"])
+
+
+def test_a_chunk_with_fewer_rows_than_its_keys_is_found(lake):
+    def cut(table):
+        return table.slice(0, table.num_rows - 1)
+
+    victim = first(lake, "images")
+    table = pq.ParquetFile(victim).read()
+    metadata = dict(table.schema.metadata)
+    receipt = json.loads(metadata[b"segpipe.receipt"])
+    last = table.slice(table.num_rows - 1).to_pylist()[0]
+    receipt["num_images"] -= 1
+    receipt["num_instances"] -= last["num_instances"]
+    metadata[b"segpipe.receipt"] = json.dumps(receipt).encode()
+    pq.write_table(cut(table).replace_schema_metadata(metadata), victim)
+    assert "chunk 0 has 3 rows for 4 images" in broken(lake)["images"]
+
+
+def test_shards_whose_chunks_do_not_add_up_are_found(tmp_path):
+    write_tar(tmp_path / "in" / "a.tar", photo_members(range(9)))
+    run(config(tmp_path / "in", tmp_path / "lake"))
+    victim = sorted((tmp_path / "lake" / "images").rglob("*.parquet"))[-1]
+    table = pq.ParquetFile(victim).read()
+    metadata = dict(table.schema.metadata)
+    receipt = json.loads(metadata[b"segpipe.receipt"])
+    receipt["shard_num_images"] = 10
+    metadata[b"segpipe.receipt"] = json.dumps(receipt).encode()
+    pq.write_table(table.replace_schema_metadata(metadata), victim)
+    assert any("do not add up to its 10 images" in text for text in broken(tmp_path / "lake")["images"])
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("score", float("nan")), ("bbox_x", float("nan")), ("bbox_w", -1.0), ("bbox_y", float("inf"))],
+)
+def test_numbers_that_are_none_are_found(lake, column, value):
+    rewrite(first(lake, "instances"), replaced(column, value))
+    assert any("scores do not fall" in text or "box is" in text for text in broken(lake)["instances"])
+
+
+def test_files_made_with_other_settings_are_found(lake):
+    victim = first(lake, "images")
+    table = pq.ParquetFile(victim).read()
+    metadata = dict(table.schema.metadata)
+    label = json.loads(metadata[b"segpipe.run"])
+    label["fingerprint"] = "0" * 64
+    metadata[b"segpipe.run"] = json.dumps(label).encode()
+    pq.write_table(table.replace_schema_metadata(metadata), victim)
+    assert any("was made with other settings" in text for text in broken(lake)["files"])
+
+
+def test_tables_of_no_run_are_found(lake):
+    ghost = lake / "images" / "run_id=ghost"
+    ghost.mkdir()
+    (ghost / "x.parquet").write_bytes(first(lake, "images").read_bytes())
+    found = validate(str(lake))
+    assert [one.run_id for one in found if not one.is_valid] == ["ghost"]
+    assert "belongs to no run" in next(iter(found[-1].problems.values()))[0]
+
+
+def test_a_damaged_list_of_keys_is_found(lake):
+    part = next((lake / "runs").rglob("keys/*.parquet"))
+    part.write_bytes(b"PAR1")
+    assert any("000000.parquet: is damaged" in text for text in broken(lake)["files"])
+
+
+def test_a_folder_among_instances_is_reported_and_stops_nothing(lake, tmp_path):
+    stranger = first(lake, "instances").parent / "backup"
+    stranger.mkdir()
+    assert any("backup: is no instances file; remove it" in text for text in broken(lake)["strays"])
+    write_photos(tmp_path / "in", [50])
+    assert run(config(tmp_path / "in", lake)).state == "done"

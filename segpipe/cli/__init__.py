@@ -42,6 +42,8 @@ def configure(
     ] = False,
 ) -> None:
     """Set up logging."""
+    if not verbose:  # what Pillow says of broken files is in their rows
+        logging.getLogger("PIL").setLevel(logging.CRITICAL)
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )

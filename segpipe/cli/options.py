@@ -27,6 +27,8 @@ Refresh = Annotated[
     bool, typer.Option("--refresh", help="Segment anew what was replaced in the input since it was read.")
 ]
 Engine = Annotated[str | None, typer.Option(help="ray (default) or inline: a loop in this process, without Ray.")]
+RayAddress = Annotated[str | None, typer.Option(help="Join this Ray cluster; default RAY_ADDRESS, else here.")]
+NewRunId = Annotated[str | None, typer.Option("--run-id", help="Name of the run; default the model and a fingerprint.")]
 RunId = Annotated[str | None, typer.Option("--run", help="One run; all if left out.")]
 OutputArgument = Annotated[str, typer.Argument(metavar="OUT", help="Folder of the lake; a path or any fsspec URI.")]
 

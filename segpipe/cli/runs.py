@@ -11,8 +11,10 @@ from segpipe.cli.options import (
     Input,
     Limit,
     ModelName,
+    NewRunId,
     Output,
     OutputArgument,
+    RayAddress,
     Refresh,
     RunId,
     Settings,
@@ -32,10 +34,8 @@ def run(
     model: ModelName = None,
     weights: Weights = None,
     engine: Engine = None,
-    ray_address: Annotated[
-        str | None, typer.Option(help="Join this Ray cluster; default RAY_ADDRESS, else here.")
-    ] = None,
-    run_id: Annotated[str | None, typer.Option(help="Name of the run; default the model and a fingerprint.")] = None,
+    ray_address: RayAddress = None,
+    run_id: NewRunId = None,
     set_: Settings = None,
     limit: Limit = None,
     refresh: Refresh = False,
@@ -73,20 +73,32 @@ def plan(
     config: ConfigFile = None,
     model: ModelName = None,
     weights: Weights = None,
+    engine: Engine = None,
+    ray_address: RayAddress = None,
+    run_id: NewRunId = None,
     set_: Settings = None,
     limit: Limit = None,
+    refresh: Refresh = False,
 ) -> None:
-    """Say what `run` would do: shards, images, what is pending. Writes nothing.
+    """Say what `run` with the same options would do: shards, images, what is pending. Writes nothing.
 
     \b
     segpipe plan --input photos/ --output lake/ --model demo
     """
-    options = {"input.uri": input_, "output.uri": output, "model.name": model, "model.weights": weights}
+    options = {
+        "input.uri": input_,
+        "output.uri": output,
+        "model.name": model,
+        "model.weights": weights,
+        "resources.engine": engine,
+        "resources.ray_address": ray_address,
+        "output.run_id": run_id,
+    }
     chosen = load(config, options, set_)
     from segpipe.console.runs import print_plan
     from segpipe.overview import plan as make_plan
 
-    print_plan(make_plan(chosen, limit=limit))
+    print_plan(make_plan(chosen, limit=limit, refresh=refresh))
 
 
 @app.command()

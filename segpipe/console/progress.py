@@ -110,4 +110,4 @@ def quiet_native_output() -> Iterator[Console]:
                 handler.setStream(stream or python_stderr)
             sys.stderr = python_stderr
             os.dup2(real, 2)
-    Path(log.name).unlink(missing_ok=True)  # only where the process was killed does the log stay
+            Path(log.name).unlink(missing_ok=True)  # only where the process was killed does the log stay

@@ -18,45 +18,13 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from segpipe.detections import Grids
-from segpipe.masks.rle import MAX_BYTES_PER_COUNT, IntArray, write_counts
-from segpipe.masks.tracing import trace
+from segpipe.masks.compiled import IntArray, encode_all
 
 FloatArray = npt.NDArray[np.float32]
 
 logger = logging.getLogger(__name__)
-
-
-@njit(cache=True, nogil=True)
-def _encode_all(
-    values: FloatArray, threshold: np.float32, affine: FloatArray, clips: IntArray, frame: tuple[int, int]
-) -> tuple[npt.NDArray[np.uint8], IntArray, IntArray]:
-    """Encode N grids; return all strings as one byte array, where each ends, and the areas."""
-    height, width = frame
-    num_masks = values.shape[0]
-    ends = np.empty(num_masks, np.int64)
-    areas = np.zeros(num_masks, np.int64)
-    bounds = np.empty(4096, np.int64)
-    text = np.empty(4096, np.uint8)
-    written = 0
-    for mask in range(num_masks):
-        num_bounds = trace(values[mask], threshold, affine[mask], clips[mask], height, bounds)
-        if num_bounds > len(bounds):
-            bounds = np.empty(2 * num_bounds, np.int64)
-            num_bounds = trace(values[mask], threshold, affine[mask], clips[mask], height, bounds)
-        needed = written + MAX_BYTES_PER_COUNT * (num_bounds + 1)
-        if needed > len(text):
-            larger = np.empty(2 * needed, np.uint8)
-            larger[:written] = text[:written]
-            text = larger
-        written += write_counts(bounds, num_bounds, height * width, text[written:])
-        ends[mask] = written
-        for index in range(0, num_bounds, 2):
-            end = bounds[index + 1] if index + 1 < num_bounds else height * width
-            areas[mask] += end - bounds[index]
-    return text[:written], ends, areas
 
 
 def encode_grids_compiled(grids: Grids, *, height: int, width: int) -> tuple[list[str], IntArray]:
@@ -68,7 +36,7 @@ def encode_grids_compiled(grids: Grids, *, height: int, width: int) -> tuple[lis
     affine[:, 4:6] = grids.origin_xy
     clips = np.clip(grids.clip_xyxy, 0, [width, height, width, height]).astype(np.int64)
     values = np.ascontiguousarray(grids.values, dtype=np.float32)
-    text, ends, areas = _encode_all(values, np.float32(grids.threshold), affine, clips, (height, width))
+    text, ends, areas = encode_all(values, np.float32(grids.threshold), affine, clips, (height, width))
     raw = text.tobytes().decode("ascii")
     starts = [0, *ends[:-1].tolist()]
     return [raw[start:end] for start, end in zip(starts, ends.tolist(), strict=True)], areas

@@ -10,7 +10,8 @@ import torch
 from torch.nn.functional import interpolate
 
 from segpipe.detections import Grids
-from segpipe.masks.rle import IntArray, area_from_counts, compress, counts_from_string
+from segpipe.masks.compiled import IntArray
+from segpipe.masks.rle import area_from_counts, compress, counts_from_string
 
 
 def encode_grids_portable(grids: Grids, *, height: int, width: int) -> tuple[list[str], IntArray]:

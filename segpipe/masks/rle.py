@@ -11,50 +11,9 @@ This module knows runs and strings. It does not know where masks come from.
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 from numba import njit
 
-IntArray = npt.NDArray[np.int64]
-ByteArray = npt.NDArray[np.uint8]
-
-# A difference of runs below 2^34 pixels needs at most seven groups of five bits, sign included.
-MAX_BYTES_PER_COUNT = 7
-
-
-@njit(cache=True, nogil=True)
-def write_counts(bounds: IntArray, num_bounds: int, num_pixels: int, out: ByteArray) -> int:
-    """Write one mask's compressed counts into `out` and return how many bytes they took.
-
-    Args:
-        bounds: (num_bounds,) strictly rising positions in column-major order where the mask changes value;
-            before the first it is 0.
-        num_bounds: how many entries of `bounds` count.
-        num_pixels: height * width.
-        out: room for MAX_BYTES_PER_COUNT * (num_bounds + 1) bytes.
-    """
-    written = 0
-    previous = np.int64(0)
-    one_back = np.int64(0)
-    two_back = np.int64(0)
-    for index in range(num_bounds + 1):
-        if index < num_bounds:
-            end = bounds[index]
-        else:
-            end = np.int64(num_pixels)
-            if end == previous and index > 0:
-                break
-        count = end - previous
-        value = count - (two_back if index > 2 else 0)
-        previous, two_back, one_back = end, one_back, count
-        while True:
-            group = value & 31
-            value >>= 5
-            more = (value != -1) if (group & 16) else (value != 0)
-            out[written] = (group | 32 if more else group) + 48
-            written += 1
-            if not more:
-                break
-    return written
+from segpipe.masks.compiled import MAX_BYTES_PER_COUNT, ByteArray, IntArray, write_counts
 
 
 @njit(cache=True, nogil=True)

@@ -18,6 +18,7 @@ from torchvision.models.detection.roi_heads import maskrcnn_inference
 from torchvision.models.detection.transform import resize_boxes
 
 from segpipe.detections import Frame, Prediction, Selection, UInt8Array
+from segpipe.errors import ConfigError
 from segpipe.masks.roi import roi_grids
 from segpipe.models import ModelRequest
 from segpipe.models.checkpoints import has_batch_norm
@@ -159,9 +160,15 @@ def load(request: ModelRequest) -> MaskRcnnSegmenter:
 
 
 def choose_device(asked: str) -> str:
-    """Return the device that `auto` means here: cuda, then mps, then cpu."""
+    """Return the device that `auto` means here: cuda, then mps, then cpu.
+
+    Raises:
+        ConfigError: if another one was asked for and is not there.
+    """
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if asked != "auto":
+        if not available[asked]:
+            found = ", ".join(name for name, is_there in available.items() if is_there)
+            raise ConfigError(f"model.device: {asked} is not available on this machine; use auto, or one of {found}")
         return asked
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    return next(name for name in ("cuda", "mps", "cpu") if available[name])

@@ -19,7 +19,7 @@ from segpipe.records import ListedImage, Location, Shard
 from segpipe.shards.keys import UniqueKeys, printable
 from segpipe.shards.manifest import read_manifest
 from segpipe.shards.names import is_image_name, is_manifest_name, is_parquet_name, is_tar_name
-from segpipe.shards.parquet import has_image_column, read_parquet, sample_row_bytes
+from segpipe.shards.parquet import check_columns, has_image_column, read_parquet, sample_row_bytes
 from segpipe.shards.webdataset import read_webdataset, sample_member_bytes
 from segpipe.storage import filesystem, locate
 
@@ -128,6 +128,8 @@ def _list_kind(config: InputConfig, place: Location, files: list[StoredFile]) ->
         images = [ListedImage(name, file.location, file.version) for name, file in named]
         return InputListing(kind, root, images=tuple(images), num_ignored=ignored)
     shards = tuple(Shard(name, file.location, file.version) for name, file in named)
+    if kind == "parquet" and shards:
+        check_columns(shards[0], config.image_column, config.key_column)
     return InputListing(kind, root, shards=shards, num_ignored=ignored)
 
 

@@ -24,7 +24,7 @@ def read_manifest(place: Location, *, column: str = "auto") -> list[ListedImage]
         column: column or JSON key with the URI; `auto` finds it.
 
     Raises:
-        InputError: if it cannot be parsed, or has no such column.
+        InputError: if it cannot be parsed, has no such column, or an entry is empty.
         StoreError: if the store does not answer.
     """
     parse = {"txt": _parse_text, "csv": _parse_csv, "jsonl": _parse_jsonl, "parquet": _parse_parquet}
@@ -36,10 +36,11 @@ def read_manifest(place: Location, *, column: str = "auto") -> list[ListedImage]
         raise InputError(
             f"{place.uri}: not a readable .{suffix} manifest ({' '.join(str(error).split())[:200]})"
         ) from None
+    empty = next((number for number, uri in enumerate(uris, start=1) if not uri.strip()), None)
+    if empty is not None:
+        raise InputError(f"{place.uri}: entry {empty} of {len(uris):,} has no image URI; fill it in or remove it")
     keys = UniqueKeys()
-    return [
-        ListedImage(keys.add(printable(uri)), _resolve(uri, place), Version(None, None)) for uri in uris if uri.strip()
-    ]
+    return [ListedImage(keys.add(printable(uri)), _resolve(uri, place), Version(None, None)) for uri in uris]
 
 
 def _resolve(uri: str, manifest: Location) -> Location:

@@ -67,9 +67,12 @@ def sample_row_bytes(shard: Shard, image_column: str) -> list[int]:
         InputError: if it is no Parquet file, or has no image column.
         StoreError: if the store does not answer.
     """
-    columns = _choose_columns(read_schema(shard.location), image_column, "auto", shard.name)
     with open_stream(shard.location) as stream:
-        metadata = pq.read_metadata(pa.PythonFile(stream, mode="r"))
+        try:
+            metadata = pq.read_metadata(pa.PythonFile(stream, mode="r"))
+        except (pa.ArrowException, OSError, EOFError) as error:
+            raise InputError(f"{shard.location.uri}: no readable Parquet file ({_short(error)})") from None
+    columns = _choose_columns(metadata.schema.to_arrow_schema(), image_column, "auto", shard.name)
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     return [
         column.total_compressed_size // group.num_rows
@@ -77,6 +80,21 @@ def sample_row_bytes(shard: Shard, image_column: str) -> list[int]:
         for column in (group.column(index) for index in range(group.num_columns))
         if column.path_in_schema == columns.image and group.num_rows
     ]
+
+
+def check_columns(shard: Shard, image_column: str, key_column: str) -> None:
+    """Look from a shard's footer whether it has the columns; an unreadable shard passes, it becomes a failed row.
+
+    Raises:
+        InputError: if a column named by the user is missing, or none can hold images.
+        StoreError: if the store does not answer.
+    """
+    with open_stream(shard.location) as stream:
+        try:
+            schema = pq.ParquetFile(pa.PythonFile(stream, mode="r"), pre_buffer=False).schema_arrow
+        except (pa.ArrowException, OSError, EOFError):
+            return
+    _choose_columns(schema, image_column, key_column, shard.name)
 
 
 def has_image_column(place: Location) -> bool:

@@ -55,6 +55,7 @@ def read_webdataset(shard: Shard, wanted: Callable[[int], bool]) -> Iterator[tup
         try:
             with tarfile.open(fileobj=stream, mode="r|*", bufsize=_BUFFER_BYTES, tarinfo=_StrictTarInfo) as tar:
                 yield from _read_members(tar, wanted)
+                _refuse_more(tar)
         except (_BadHeaderError, *_BAD_BYTES) as error:
             raise ShardCorruptError("TruncatedShard", _describe(error)) from error
 
@@ -93,6 +94,18 @@ def _read_members(tar: tarfile.TarFile, wanted: Callable[[int], bool]) -> Iterat
                 )
         yield printable(member.name).removeprefix("./"), data
         ordinal += 1
+
+
+def _refuse_more(tar: tarfile.TarFile) -> None:
+    """Make sure that nothing but zeros follows the end of an archive, where tarfile stops without a word.
+
+    Raises:
+        tarfile.ReadError: if something does, as when archives were put together with `cat`.
+    """
+    rest = tar.fileobj
+    while rest is not None and (block := rest.read(_BUFFER_BYTES)):
+        if block.strip(b"\0"):
+            raise tarfile.ReadError("after its end there is more, such as another archive (`tar -A` joins archives)")
 
 
 def _describe(error: BaseException) -> str:

@@ -5,22 +5,20 @@ Reads every file of a run, one chunk at a time, with pyarrow alone; changes noth
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import pyarrow as pa
 
 from segpipe.errors import OutputError
 from segpipe.keylists import read_keys
 from segpipe.lake import list_chosen_runs
-from segpipe.layout import RunLayout
-from segpipe.masks.rle import find_problem
+from segpipe.layout import TABLES, RunLayout
 from segpipe.records import Location, Receipt
 from segpipe.runs import RunRecord, find_orphans, read_receipt, read_run, sum_receipts
-from segpipe.shards.keys import UniqueKeys
-from segpipe.storage import list_names, locate, read_bytes
+from segpipe.storage import TEMPORARY_SUFFIX, list_names, locate, read_bytes
 from segpipe.tables import CATEGORIES_SCHEMA, IMAGES_SCHEMA, INSTANCES_SCHEMA, parse_label, parse_table
+from segpipe.validation.rows import Findings, check_images, check_instances
 
 # What is promised, in the order in which it is reported. Every problem found belongs to one of these.
 PROMISES: Mapping[str, str] = {
@@ -59,19 +57,6 @@ class RunValidation:
         return not any(self.problems.values())
 
 
-@dataclass
-class _Findings:
-    """Collects problems while the files of a run are read."""
-
-    problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    image_ids: UniqueKeys = field(default_factory=UniqueKeys)
-    num_images: int = 0
-    num_instances: int = 0
-
-    def add(self, promise: str, text: str) -> None:
-        self.problems[promise].append(text)
-
-
 def validate(
     output: str, *, run_id: str | None = None, on_chunk: Callable[[str], None] = lambda _: None
 ) -> list[RunValidation]:
@@ -88,11 +73,25 @@ def validate(
     """
     place = locate(output)
     chosen = list_chosen_runs(place, run_id)
-    return [_validate_run(RunLayout(place, name), on_chunk) for name in chosen]
+    found = [_validate_run(RunLayout(place, name), on_chunk) for name in chosen]
+    return found if run_id is not None else found + _ghosts(place, chosen)
+
+
+def _ghosts(place: Location, known: Sequence[str]) -> list[RunValidation]:
+    """Return what lies in the tables of runs that are none: a plain glob by another engine would read it."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for table in TABLES:
+        for folder in list_names(place / table):
+            run_id = folder.removeprefix("run_id=")
+            if run_id not in known and list_names(place / table / folder):
+                found[run_id].append(f"{(place / table / folder).uri}: belongs to no run; remove it")
+    return [
+        RunValidation(name, "no run", 0, 0, {PROMISES["strays"]: tuple(problems)}) for name, problems in found.items()
+    ]
 
 
 def _validate_run(layout: RunLayout, on_chunk: Callable[[str], None]) -> RunValidation:
-    findings = _Findings()
+    findings = Findings()
     record = None
     try:
         record = read_run(layout)
@@ -100,6 +99,20 @@ def _validate_run(layout: RunLayout, on_chunk: Callable[[str], None]) -> RunVali
             findings.add("files", f"{layout.run_file.uri}: is missing")
     except OutputError as error:
         findings.add("files", str(error))
+    receipts = _check_chunks(layout, findings, on_chunk)
+    _check_strays(layout, receipts, findings)
+    if record is not None:
+        _check_record(layout, record, receipts, findings)
+    return RunValidation(
+        run_id=layout.run_id,
+        state=record.state if record else "not started",
+        num_images=findings.num_images,
+        num_instances=findings.num_instances,
+        problems={text: tuple(findings.problems.get(promise, ())) for promise, text in PROMISES.items()},
+    )
+
+
+def _check_chunks(layout: RunLayout, findings: Findings, on_chunk: Callable[[str], None]) -> dict[str, Receipt]:
     receipts: dict[str, Receipt] = {}
     categories = _read_categories(layout, findings)
     for name in list_names(layout.table("images")):
@@ -110,20 +123,29 @@ def _validate_run(layout: RunLayout, on_chunk: Callable[[str], None]) -> RunVali
         receipt = _check_chunk(layout, name, categories, findings)
         if receipt is not None:
             receipts[receipt.chunk.name] = receipt
+    return receipts
+
+
+def _check_strays(layout: RunLayout, receipts: Mapping[str, Receipt], findings: Findings) -> None:
     for orphan in find_orphans(layout, receipts):
         findings.add("strays", f"{orphan.uri}: no receipt names it; the next start of the run removes it")
-    if record is not None:
+    for name in list_names(layout.table("instances")):
+        if not name.endswith((".parquet", TEMPORARY_SUFFIX)):
+            findings.add("strays", f"{(layout.table('instances') / name).uri}: is no instances file; remove it")
+
+
+def _check_record(layout: RunLayout, record: RunRecord, receipts: Mapping[str, Receipt], findings: Findings) -> None:
+    """Compare what was found with run.json."""
+    for fingerprint, name in findings.fingerprints.items():
+        if fingerprint != record.fingerprint:
+            findings.add("files", f"{name}: was made with other settings than run.json says")
+    try:
         _check_completeness(layout, record, receipts, findings)
-    return RunValidation(
-        run_id=layout.run_id,
-        state=record.state if record else "not started",
-        num_images=findings.num_images,
-        num_instances=findings.num_instances,
-        problems={text: tuple(findings.problems.get(promise, ())) for promise, text in PROMISES.items()},
-    )
+    except OutputError as error:  # the written list of keys is damaged
+        findings.add("files", str(error))
 
 
-def _read_categories(layout: RunLayout, findings: _Findings) -> dict[int, str]:
+def _read_categories(layout: RunLayout, findings: Findings) -> dict[int, str]:
     table = _read_table(layout, layout.categories_file.uri, layout.categories_file, CATEGORIES_SCHEMA, findings)
     if table is None:
         return {}
@@ -131,7 +153,7 @@ def _read_categories(layout: RunLayout, findings: _Findings) -> dict[int, str]:
 
 
 def _check_chunk(
-    layout: RunLayout, file_name: str, categories: Mapping[int, str], findings: _Findings
+    layout: RunLayout, file_name: str, categories: Mapping[int, str], findings: Findings
 ) -> Receipt | None:
     """Check one images file and the instances file that its receipt names."""
     place = layout.table("images") / file_name
@@ -145,7 +167,7 @@ def _check_chunk(
         return receipt
     if f"{receipt.chunk.name}.parquet" != file_name:
         findings.add("receipts", f"{file_name}: its receipt is of chunk {receipt.chunk.name}")
-    _check_images(file_name, images, receipt, findings)
+    check_images(file_name, images, receipt, findings)
     instances_place = layout.table("instances") / receipt.instances_file
     try:
         digest = hashlib.sha256(read_bytes(instances_place)).hexdigest()
@@ -161,12 +183,12 @@ def _check_chunk(
                 "receipts",
                 f"{receipt.instances_file}: has {instances.num_rows} rows, receipt says {receipt.num_instances}",
             )
-        _check_instances(receipt.instances_file, images, instances, categories, findings)
+        check_instances(receipt.instances_file, images, instances, categories, findings)
     return receipt
 
 
 def _read_table(
-    layout: RunLayout, name: str, place: Location, schema: pa.Schema, findings: _Findings
+    layout: RunLayout, name: str, place: Location, schema: pa.Schema, findings: Findings
 ) -> pa.Table | None:
     try:
         table = parse_table(read_bytes(place))
@@ -179,68 +201,15 @@ def _read_table(
         return None
     if label["run_id"] != layout.run_id:
         findings.add("files", f"{name}: belongs to run {label['run_id']}")
+    findings.fingerprints.setdefault(label["fingerprint"], name)
     if not table.schema.equals(schema):
         findings.add("files", f"{name}: has other columns than this version writes")
         return None
     return table
 
 
-def _check_images(name: str, images: pa.Table, receipt: Receipt, findings: _Findings) -> None:
-    findings.num_images += images.num_rows
-    for image_id in images["image_id"].to_pylist():
-        if findings.image_ids.add(image_id) != image_id:
-            findings.add("images", f"{name}: image_id {image_id!r} stands twice in the run")
-    counted = (
-        images.num_rows,
-        images["status"].to_pylist().count("failed"),
-        sum(images["num_instances"].to_pylist()),
-        sum(images["instances_capped"].to_pylist()),
-    )
-    written = (receipt.num_images, receipt.num_failed, receipt.num_instances, receipt.num_capped)
-    if counted != written:
-        findings.add("receipts", f"{name}: images, failed, instances, capped are {counted}, receipt says {written}")
-    for row in images.select(["image_id", "status", "num_instances", "error_type"]).to_pylist():
-        if (row["status"] == "failed") != (row["error_type"] is not None) or row["status"] not in ("ok", "failed"):
-            findings.add(
-                "images", f"{name}: {row['image_id']!r} has status {row['status']!r}, error {row['error_type']!r}"
-            )
-        if row["status"] == "failed" and row["num_instances"]:
-            findings.add("images", f"{name}: {row['image_id']!r} failed and has {row['num_instances']} instances")
-
-
-def _check_instances(
-    name: str, images: pa.Table, instances: pa.Table, categories: Mapping[int, str], findings: _Findings
-) -> None:
-    findings.num_instances += instances.num_rows
-    expected = dict(zip(images["image_id"].to_pylist(), images["num_instances"].to_pylist(), strict=True))
-    rows_of: dict[str, list[dict[str, object]]] = defaultdict(list)
-    for row in instances.to_pylist():
-        rows_of[row["image_id"]].append(row)
-        problem = find_problem(row["rle_counts"], height=row["height"], width=row["width"], area=row["area"])
-        if problem is not None:
-            findings.add("masks", f"{name}: {row['image_id']!r} instance {row['instance_id']}: {problem}")
-        if categories.get(row["category_id"]) != row["category"]:
-            findings.add(
-                "instances", f"{name}: {row['image_id']!r}: category {row['category_id']} is not {row['category']!r}"
-            )
-    for image_id in sorted(rows_of.keys() - expected.keys()):
-        findings.add("instances", f"{name}: {image_id!r} has instances but is no image of this chunk")
-    sizes = {row["image_id"]: (row["height"], row["width"]) for row in images.to_pylist()}
-    for image_id, count in expected.items():
-        rows = rows_of.get(image_id, [])
-        if [row["instance_id"] for row in rows] != list(range(count)):
-            findings.add(
-                "instances", f"{name}: {image_id!r} has {len(rows)} rows for {count} instances, or misnumbered"
-            )
-        scores = np.array([row["score"] for row in rows], dtype=np.float32)
-        if (np.diff(scores) > 0).any() or ((scores < 0) | (scores > 1)).any():
-            findings.add("instances", f"{name}: {image_id!r}: scores do not fall, or leave 0 to 1")
-        if any((row["height"], row["width"]) != sizes[image_id] for row in rows):
-            findings.add("masks", f"{name}: {image_id!r}: masks have another frame than the image")
-
-
 def _check_completeness(
-    layout: RunLayout, record: RunRecord, receipts: Mapping[str, Receipt], findings: _Findings
+    layout: RunLayout, record: RunRecord, receipts: Mapping[str, Receipt], findings: Findings
 ) -> None:
     """Compare what is committed with what the input was found to hold."""
     totals = sum_receipts(receipts.values())
@@ -257,7 +226,7 @@ def _check_completeness(
         _check_streams(chunks_of, findings)
 
 
-def _check_listed(layout: RunLayout, record: RunRecord, chunks: Mapping[int, Receipt], findings: _Findings) -> None:
+def _check_listed(layout: RunLayout, record: RunRecord, chunks: Mapping[int, Receipt], findings: Findings) -> None:
     for index, images in enumerate(read_keys(layout, locate(record.input_root)).chunks()):
         if index not in chunks:
             first = images[0].key
@@ -268,7 +237,7 @@ def _check_listed(layout: RunLayout, record: RunRecord, chunks: Mapping[int, Rec
             findings.add("images", f"chunk {index} has {chunks[index].num_images} rows for {len(images)} images")
 
 
-def _check_streams(chunks_of: Mapping[str, Mapping[int, Receipt]], findings: _Findings) -> None:
+def _check_streams(chunks_of: Mapping[str, Mapping[int, Receipt]], findings: Findings) -> None:
     for shard, chunks in sorted(chunks_of.items()):
         end = next((receipt for receipt in chunks.values() if receipt.shard_num_images is not None), None)
         if end is None or sorted(chunks) != list(range(end.chunk.index + 1)):

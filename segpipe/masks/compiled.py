@@ -4,6 +4,9 @@ torch has two kernels for bilinear enlargement on a CPU and picks by the size of
 _use_vectorized_kernel_cond_2d). Above 128 px of height plus width it blends columns, then rows, one fused
 multiply-add each, with a source index that is not fused. Up to 128 px the index is fused and four weighted corners
 are summed; there every pixel is computed, of which there are 4,096 at most. Both are followed to the last bit.
+
+Everything that compiled code calls stands in this one file: numba keeps compiled code on disk and looks only at the
+file of the function that is called from Python, so a change elsewhere would go unnoticed.
 """
 
 import numpy as np
@@ -12,9 +15,13 @@ from numba import njit
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
+ByteArray = npt.NDArray[np.uint8]
 
 # Height plus width of the enlarged mask up to which torch takes its other kernel.
 _SMALL_EXTENT_PX = 128
+
+# A difference of runs below 2^34 pixels needs at most seven groups of five bits, sign included.
+MAX_BYTES_PER_COUNT = 7
 
 
 @njit(cache=True, inline="always")
@@ -219,3 +226,69 @@ def trace(
     if extent <= _SMALL_EXTENT_PX:
         return int(_trace_small(grid, threshold, affine, clip, height, bounds))
     return int(_trace(grid, threshold, affine, clip, height, bounds))
+
+
+@njit(cache=True, nogil=True)
+def write_counts(bounds: IntArray, num_bounds: int, num_pixels: int, out: ByteArray) -> int:
+    """Write one mask's compressed counts into `out` and return how many bytes they took.
+
+    Args:
+        bounds: (num_bounds,) strictly rising positions in column-major order where the mask changes value;
+            before the first it is 0.
+        num_bounds: how many entries of `bounds` count.
+        num_pixels: height * width.
+        out: room for MAX_BYTES_PER_COUNT * (num_bounds + 1) bytes.
+    """
+    written = 0
+    previous = np.int64(0)
+    one_back = np.int64(0)
+    two_back = np.int64(0)
+    for index in range(num_bounds + 1):
+        if index < num_bounds:
+            end = bounds[index]
+        else:
+            end = np.int64(num_pixels)
+            if end == previous and index > 0:
+                break
+        count = end - previous
+        value = count - (two_back if index > 2 else 0)
+        previous, two_back, one_back = end, one_back, count
+        while True:
+            group = value & 31
+            value >>= 5
+            more = (value != -1) if (group & 16) else (value != 0)
+            out[written] = (group | 32 if more else group) + 48
+            written += 1
+            if not more:
+                break
+    return written
+
+
+@njit(cache=True, nogil=True)
+def encode_all(
+    values: FloatArray, threshold: np.float32, affine: FloatArray, clips: IntArray, frame: tuple[int, int]
+) -> tuple[npt.NDArray[np.uint8], IntArray, IntArray]:
+    """Encode N grids; return all strings as one byte array, where each ends, and the areas."""
+    height, width = frame
+    num_masks = values.shape[0]
+    ends = np.empty(num_masks, np.int64)
+    areas = np.zeros(num_masks, np.int64)
+    bounds = np.empty(4096, np.int64)
+    text = np.empty(4096, np.uint8)
+    written = 0
+    for mask in range(num_masks):
+        num_bounds = trace(values[mask], threshold, affine[mask], clips[mask], height, bounds)
+        if num_bounds > len(bounds):
+            bounds = np.empty(2 * num_bounds, np.int64)
+            num_bounds = trace(values[mask], threshold, affine[mask], clips[mask], height, bounds)
+        needed = written + MAX_BYTES_PER_COUNT * (num_bounds + 1)
+        if needed > len(text):
+            larger = np.empty(2 * needed, np.uint8)
+            larger[:written] = text[:written]
+            text = larger
+        written += write_counts(bounds, num_bounds, height * width, text[written:])
+        ends[mask] = written
+        for index in range(0, num_bounds, 2):
+            end = bounds[index + 1] if index + 1 < num_bounds else height * width
+            areas[mask] += end - bounds[index]
+    return text[:written], ends, areas
