@@ -17,17 +17,31 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import pyarrow as pa
 import typer
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 from segpipe import load_config, read_table, run
+from segpipe.detections import ModelInfo
+from segpipe.layout import RunLayout
 from segpipe.quicklook import copy_demo_photos
+from segpipe.records import ChunkId, SegmentedChunk
 from segpipe.runs import versions
+from segpipe.stages.commit import commit_chunk
+from segpipe.storage import locate, write_bytes
+from segpipe.tables import (
+    IMAGES_SCHEMA,
+    INSTANCES_SCHEMA,
+    RunLabel,
+    categories_table,
+    write_table,
+)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
 
 SMALL_JPEGS = 256
+_MODEL = ModelInfo("generated", {1: "thing"}, "own", {1: 0}, "", "", "none")
 
 
 @app.command()
@@ -93,6 +107,58 @@ def tolerance(
         }
         for name in ("threads", "batch"):
             _report(f"tolerance of {name}", _compare(lakes["base"], lakes[name]), [])
+
+
+@app.command()
+def export(
+    instances: Annotated[int, typer.Option(help="Instances of the generated run, 100 an image.")] = 1_000_000,
+) -> None:
+    """Export a generated run as COCO results, and print the peak memory of the process that exports it."""
+    with tempfile.TemporaryDirectory() as folder:
+        lake, file = Path(folder) / "lake", Path(folder) / "results.json"
+        _write_lake(lake, instances)
+        started = time.perf_counter()
+        _segpipe(["export", "coco", str(lake), str(file)])
+        elapsed = time.perf_counter() - started
+        peak_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        _report(
+            "export",
+            [("instances", instances), ("JSON, MB", file.stat().st_size / 1e6), ("peak RSS, MB", peak_mb)],
+            [("instances/s", instances / elapsed)],
+        )
+
+
+def _write_lake(lake: Path, num_instances: int) -> None:
+    """Write a run of chunks of 100 images with 100 instances each, all with the same mask."""
+    layout, label = RunLayout(locate(str(lake)), "generated"), RunLabel("generated", "0" * 64, _MODEL)
+    code = coco_mask.encode(np.asfortranarray(np.tri(480, 640, dtype=np.uint8)))["counts"].decode()
+    instance = {
+        "category_id": 1, "category": "thing", "bbox_x": 0.1, "bbox_y": 0.2, "bbox_w": 3.3, "bbox_h": 4.4,
+        "area": 1, "height": 480, "width": 640, "rle_counts": code,
+    }  # fmt: skip
+    image = {
+        "shard": ".", "sha256": "", "byte_size": 0, "status": "ok", "num_candidates": 100, "num_instances": 100,
+        "instances_capped": False, "width": 640, "height": 480,
+    }  # fmt: skip
+    for index in range(-(-num_instances // 10_000)):
+        names = [f"{index:06d}-{number:03d}.jpg" for number in range(100)]
+        rows = [
+            {"image_id": name, "instance_id": rank, "score": 1 - rank / 128, **instance}
+            for name in names
+            for rank in range(100)
+        ]
+        images = [{"image_id": name, "key": name, **image} for name in names]
+        chunk = SegmentedChunk(
+            ChunkId(f"c{index:06d}", ".", index, 1, ""),
+            pa.Table.from_pylist(images, schema=IMAGES_SCHEMA),
+            pa.Table.from_pylist(rows, schema=INSTANCES_SCHEMA),
+            None,
+            {},
+            {},
+        )
+        commit_chunk(chunk, layout=layout, label=label)
+    write_bytes(layout.categories_file, write_table(categories_table(_MODEL), label))
+    write_bytes(layout.run_file, b"{}")
 
 
 def _write_small_jpegs(path: Path, size_bytes: int) -> int:

@@ -1,5 +1,6 @@
 """What is documented is what there is: README commands run, SQL and Python blocks run, every verb and key is named."""
 
+import json
 import os
 import re
 import runpy
@@ -174,3 +175,17 @@ def test_constraints_name_exact_versions_and_no_host():
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", line) for line in pins)
     pinned = {line.split("==")[0].lower() for line in pins}
     assert {"ray", "torch", "torchvision", "pyarrow", "fsspec", "s3fs", "pycocotools", "duckdb", "ruff"} <= pinned
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "limit_mb"), [(["memory", "--gigabytes", "0.01"], 500), (["export", "--instances", "30000"], 500)]
+)
+def test_benchmarks_run_and_print_what_they_measured(arguments, limit_mb):
+    done = subprocess.run(
+        [sys.executable, "jobs/benchmark.py", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["benchmark"] == arguments[0]
+    assert 50 < figures["peak RSS, MB"] < limit_mb

@@ -94,9 +94,10 @@ def demo_model() -> torch.nn.Module:
     state, metadata = read_state(resolve_model(ModelConfig(name="demo")))
     model = BUILDERS["demo"](4, batch_norm=False)
     model.load_state_dict(state)
-    rule = json.loads(metadata["preprocessing"])
-    model.transform.min_size, model.transform.max_size = (rule["min_size"],), rule["max_size"]
-    assert (model.transform.image_mean, model.transform.image_std) == (rule["image_mean"], rule["image_std"])
+    if "preprocessing" in metadata:
+        rule = json.loads(metadata["preprocessing"])
+        model.transform.min_size, model.transform.max_size = (rule["min_size"],), rule["max_size"]
+        assert (model.transform.image_mean, model.transform.image_std) == (rule["image_mean"], rule["image_std"])
     return model.eval()
 
 
