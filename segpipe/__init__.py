@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from segpipe.pipeline import run
     from segpipe.quicklook import demo, predict
     from segpipe.validation import validate
+    from segpipe.validation.repair import repair
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ _HOME = {
     "plan": "overview",
     "predict": "quicklook",
     "read_table": "lake",
+    "repair": "validation.repair",
     "run": "pipeline",
     "status": "overview",
     "validate": "validation",
@@ -64,6 +66,7 @@ __all__ = [
     "plan",
     "predict",
     "read_table",
+    "repair",
     "run",
     "status",
     "validate",

@@ -54,6 +54,18 @@ class InputConfig(Section):
         ge=1,
         le=2_000_000_000,
     )
+    max_bytes: int = setting(
+        1_000_000_000,
+        "bytes; a larger encoded image becomes a failed row before it is read (in Parquet, after); 1 to 1e12",
+        changes_rows=True,
+        ge=1,
+        le=1_000_000_000_000,
+    )
+    allowed_schemes: list[str] = setting(
+        [],
+        "schemes that the entries of a manifest may have, file for local paths; empty allows all to a local manifest, "
+        "and all but file to a remote one",
+    )
     allow_truncated: bool = setting(
         False, "decode what there is of an image that was cut short, instead of a failed row", changes_rows=True
     )
@@ -132,6 +144,19 @@ class ResourcesConfig(Section):
     )
     gpus_per_actor: Auto | Annotated[float, Field(ge=0, le=16)] = setting(
         "auto", "GPUs for each actor, may be a fraction below 1; auto is 1 where there are any"
+    )
+    max_image_seconds: float = setting(
+        600.0,
+        "seconds that decoding or segmenting one image may take; its worker is ended after them, and the image is "
+        "tried once alone; 1 to 86400",
+        ge=1,
+        le=86_400,
+    )
+    max_image_memory_gb: float = setting(
+        8.0,
+        "GB that an image which killed its worker may take when it is tried once alone; 0.1 to 1024",
+        ge=0.1,
+        le=1024,
     )
     cpus_per_actor: Auto | Annotated[int, Field(ge=1, le=1024)] = setting(
         "auto", "threads for each actor; auto is 4, or all CPUs where there are fewer"

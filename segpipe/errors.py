@@ -10,6 +10,7 @@
     │   └── RunLockedError  another process is working on the same run
     ├── StoreError          storage or network fault that outlived its retries
     ├── LeaseLostError      another process took this run over
+    ├── HopelessError       nearly all images of a run fail
     ├── ShardCorruptError   the bytes of a shard cannot be read any further
     └── ImageRejectedError  one image cannot be used; it becomes a failed row
 
@@ -57,6 +58,10 @@ class StoreError(SegpipeError):
 
 class LeaseLostError(SegpipeError):
     """Another process took this run over while this one was working."""
+
+
+class HopelessError(SegpipeError):
+    """Nearly all images of a run fail: its input is probably another one than was meant."""
 
 
 class ShardCorruptError(SegpipeError):

@@ -5,6 +5,8 @@ OUT/instances/run_id=<run>/<chunk>.g1.parquet    one row an instance; g1: genera
 OUT/categories/run_id=<run>/categories.parquet
 OUT/runs/<run>/run.json                          settings, totals, state
 OUT/runs/<run>/lease.json                        who is working on the run
+OUT/runs/<run>/attempts/<chunk>.json             which images are being tried; gone when the chunk is committed
+OUT/runs/<run>/events/<chunk>.g1.json            what happened to a chunk that was tried more than once
 OUT/runs/<run>/keys/000000.parquet               which images of a folder or manifest are in which chunk
 """
 
@@ -62,6 +64,16 @@ class RunLayout:
     def lease_file(self) -> Location:
         """Return the lease."""
         return self.folder / "lease.json"
+
+    @property
+    def attempts_folder(self) -> Location:
+        """Return the folder of notes about chunks that are being tried."""
+        return self.folder / "attempts"
+
+    @property
+    def events_folder(self) -> Location:
+        """Return the folder of what happened to chunks that were tried more than once."""
+        return self.folder / "events"
 
     @property
     def keys_folder(self) -> Location:

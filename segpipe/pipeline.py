@@ -14,9 +14,10 @@ from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
 
+from segpipe.attempts import sweep_attempts
 from segpipe.config import Config
 from segpipe.engines import Job, open_engine
-from segpipe.errors import LeaseLostError, OutputError, StoreError
+from segpipe.errors import HopelessError, LeaseLostError, OutputError, StoreError
 from segpipe.keylists import write_keys
 from segpipe.layout import RunLayout
 from segpipe.lease import hold_lease
@@ -31,6 +32,8 @@ from segpipe.tables import categories_table, write_table
 
 # Ray Data keeps metadata for every block, so a large plan is run in waves.
 _WAVE = 2000
+# Images after which a start is judged by how many of them failed.
+_ENOUGH_TO_JUDGE = 200
 
 
 def run(
@@ -50,6 +53,7 @@ def run(
         RequestError: if the request is wrong; nothing was started.
         StoreError: if the output cannot be used.
         LeaseLostError: if another driver took the run over.
+        HopelessError: if nearly all images fail.
     """
     on_progress(Progress("listing the input"))
     request = check_request(config, lambda text: on_progress(Progress(text)))
@@ -69,6 +73,7 @@ def run(
                         for outcome in execute(wave):
                             lease.check()
                             tally.add(outcome)
+                            _refuse_hopeless(tally, config.output.max_failed_share)
             _clean(plan, tally)
         except LeaseLostError:
             raise  # the files are the other driver's now
@@ -162,11 +167,26 @@ def _waves(plan: Plan, tally: Tally, limit: int | None) -> Iterator[Sequence[Wor
         position += step
 
 
+def _refuse_hopeless(tally: Tally, allowed: float) -> None:
+    """Stop where nearly everything fails: the input is another one than was meant, and more of it helps nobody.
+
+    Raises:
+        HopelessError: if at least 200 images of this start were tried, and more than half of what may not fail did.
+    """
+    tried, failed = tally.committed.images, tally.committed.failed
+    if tried >= _ENOUGH_TO_JUDGE and failed > tried * (1 + allowed) / 2:
+        raise HopelessError(
+            f"{failed:,} of the first {tried:,} images failed, output.max_failed_share allows {allowed:g}: stopped. "
+            f"What is committed stays, see error_type in images; with output.max_failed_share=1 the command goes on"
+        )
+
+
 def _clean(plan: Plan, tally: Tally) -> None:
     """Remove chunks beyond the end of shards that are shorter now, receipts first, and then all orphans."""
     obsolete = find_obsolete(plan, tally.receipts)
     tally.forget(obsolete)
     _remove(plan.request.layout, obsolete, tally.receipts)
+    sweep_attempts(plan.request.layout, list(tally.receipts))
 
 
 def _remove(layout: RunLayout, obsolete: Sequence[Receipt], receipts: Mapping[str, Receipt]) -> None:

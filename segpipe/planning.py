@@ -235,7 +235,8 @@ def _plan_listed(plan: Plan, *, limit: int | None, refresh: bool) -> Plan:
         num_images += len(images)
         if not _stands(chunk, plan.receipts):
             receipt = plan.receipts.get(chunk.name)
-            work.append(ListedWork(replace(chunk, generation=receipt.chunk.generation + 1 if receipt else 1), images))
+            generation = receipt.chunk.generation + 1 if receipt else 1
+            work.append(ListedWork(replace(chunk, generation=generation), images, request.config.input.max_bytes))
     return replace(
         plan,
         work=tuple(work),

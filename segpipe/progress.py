@@ -99,7 +99,7 @@ class Tally:
         self._plan = plan
         self._on_progress = on_progress
         self._limit = limit
-        self._committed = Totals()
+        self.committed = Totals()
         self._seconds: dict[str, float] = defaultdict(float)
         self._skipped = sum_receipts(plan.receipts.values()).images - _images_to_redo(plan)
         self._started = time.perf_counter()
@@ -121,7 +121,7 @@ class Tally:
                 "chunk=%s images=%d failed=%d instances=%d",
                 receipt.chunk.name, receipt.num_images, receipt.num_failed, receipt.num_instances,
             )  # fmt: skip
-            self._committed = self._committed.plus(receipt)
+            self.committed = self.committed.plus(receipt)
             self.receipts[receipt.chunk.name] = receipt
             for stage, seconds in outcome.seconds.items():
                 self._seconds[stage] += seconds
@@ -129,7 +129,7 @@ class Tally:
         expected, is_estimate = self._expect()
         progress = Progress(
             "segmenting",
-            committed=self._committed,
+            committed=self.committed,
             skipped=self._skipped,
             expected_images=expected,
             is_estimate=is_estimate,
@@ -141,17 +141,17 @@ class Tally:
     def _speed(self) -> float | None:
         elapsed = time.perf_counter() - self._started
         if self._first is None:
-            self._first = (elapsed, self._committed.images)
+            self._first = (elapsed, self.committed.images)
             return None
         since, images = self._first
-        return (self._committed.images - images) / (elapsed - since) if elapsed > since else None
+        return (self.committed.images - images) / (elapsed - since) if elapsed > since else None
 
     def _expect(self) -> tuple[int, bool]:
         """Return the images to expect, never fewer than there are, and whether that is a guess."""
         expected, is_estimate = expect_images(self._plan, self._ends)
         if self._limit is not None:
             expected = min(expected, self._limit)
-        return max(expected, self._skipped + self._committed.images), is_estimate
+        return max(expected, self._skipped + self.committed.images), is_estimate
 
     def forget(self, receipts: Iterable[Receipt]) -> None:
         """Drop receipts whose files are gone."""
@@ -178,7 +178,7 @@ class Tally:
             output=self._plan.request.layout.output.uri,
             state=state,
             totals=sum_receipts(self.receipts.values()),
-            committed=self._committed,
+            committed=self.committed,
             skipped=self._skipped,
             faults=tuple(self.faults),
             lost_shards=self._plan.lost_shards,

@@ -21,6 +21,8 @@ PERTURBED = {
     "input.image_column": ("photo", True),
     "input.key_column": ("id", True),
     "input.max_pixels": (1000, True),
+    "input.max_bytes": (1000, True),
+    "input.allowed_schemes": (["s3"], False),
     "input.allow_truncated": (True, True),
     "input.storage_options": ({"anon": True}, False),
     "model.name": ("demo", True),
@@ -42,6 +44,8 @@ PERTURBED = {
     "resources.num_actors": (3, False),
     "resources.gpus_per_actor": (0.5, False),
     "resources.cpus_per_actor": (2, False),
+    "resources.max_image_seconds": (5.0, False),
+    "resources.max_image_memory_gb": (2.0, False),
 }
 
 

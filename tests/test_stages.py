@@ -135,7 +135,7 @@ def test_a_store_fault_ends_the_work_with_a_fault_and_keeps_what_was_whole(tmp_p
 
 def listed_work(folder) -> ListedWork:
     images = list_input(InputConfig(uri=str(folder))).images
-    return ListedWork(ChunkId("c", ".", 0, 1, chunk_version(images)), images)
+    return ListedWork(ChunkId("c", ".", 0, 1, chunk_version(images)), images, 1 << 30)
 
 
 def test_a_listed_image_that_is_gone_is_a_failed_image(tmp_path):

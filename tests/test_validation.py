@@ -8,9 +8,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from segpipe.errors import OutputError
+from segpipe.errors import OutputError, RunLockedError
+from segpipe.lake import read_table
+from segpipe.layout import RunLayout
+from segpipe.lease import hold_lease
 from segpipe.pipeline import run
+from segpipe.records import Location
 from segpipe.validation import PROMISES, validate
+from segpipe.validation.repair import repair
 from tests.factory import config, photo_members, write_photos, write_tar
 
 
@@ -311,3 +316,28 @@ def test_a_folder_among_instances_is_reported_and_stops_nothing(lake, tmp_path):
     assert any("backup: is no instances file; remove it" in text for text in broken(lake)["strays"])
     write_photos(tmp_path / "in", [50])
     assert run(config(tmp_path / "in", lake)).state == "done"
+
+
+def test_repair_forgets_what_is_damaged_and_the_next_start_makes_it_anew(lake, tmp_path):
+    expected = [read_table(str(lake), name) for name in ("images", "instances")]
+    victim = sorted((lake / "instances").rglob("*.parquet"))[1]
+    victim.write_bytes(victim.read_bytes()[:-9])
+    (victim.parent / "stray.g1.parquet").write_bytes(b"x")
+    (found,) = repair(str(lake))
+    assert (len(found.requeued), found.num_swept) == (1, 2)
+    assert broken(lake).keys() == {"complete"}
+    assert run(config(tmp_path / "in", lake)).state == "done"
+    assert not broken(lake)
+    for before, name in zip(expected, ("images", "instances"), strict=True):
+        assert read_table(str(lake), name).equals(before)
+    assert repair(str(lake))[0].requeued == ()
+
+
+def test_repair_leaves_a_run_alone_that_somebody_works_on_or_whose_notes_are_gone(lake):
+    (run_file,) = (lake / "runs").glob("*/run.json")
+    layout = RunLayout(Location(str(lake)), run_file.parent.name)
+    with hold_lease(layout.lease_file), pytest.raises(RunLockedError, match="is being worked on"):
+        repair(str(lake))
+    run_file.unlink()
+    with pytest.raises(OutputError, match="is missing, so nobody knows what the run was"):
+        repair(str(lake))

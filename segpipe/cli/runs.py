@@ -115,12 +115,24 @@ def status(output: OutputArgument, run_id: RunId = None) -> None:
 
 
 @app.command()
-def validate(output: OutputArgument, run_id: RunId = None) -> None:
+def validate(
+    output: OutputArgument,
+    run_id: RunId = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="First remove strays and damaged chunks; `run` then makes them anew.")
+    ] = False,
+) -> None:
     """Check every promise of the tables on every file: each image once, each instance once, each mask whole.
 
     \b
     segpipe validate lake/
+    segpipe validate lake/ --repair
     """
+    if repair:
+        from segpipe.console.runs import print_repairs
+        from segpipe.validation.repair import repair as repair_runs
+
+        print_repairs(repair_runs(output, run_id=run_id))
     from segpipe.console.runs import print_validation
     from segpipe.validation import validate as check
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from segpipe.overview import ModelSummary, PlanSummary, RunStatus
     from segpipe.quicklook import DemoResult, ImagePrediction
     from segpipe.validation import RunValidation
+    from segpipe.validation.repair import Repair
 
 
 def print_summary(summary: RunSummary) -> None:
@@ -99,6 +100,14 @@ def print_validation(runs: Sequence["RunValidation"]) -> None:
                 print_out(escape(f"            {problem}"))
             if len(problems) > 10:
                 print_out(f"            and {len(problems) - 10:,} more")
+
+
+def print_repairs(repairs: Sequence["Repair"]) -> None:
+    """Print what was repaired."""
+    for one in repairs:
+        print_out(
+            escape(f"{one.run_id}: {one.num_swept:,} strays removed, {len(one.requeued):,} chunks to be made anew")
+        )
 
 
 def print_prediction(prediction: "ImagePrediction") -> None:

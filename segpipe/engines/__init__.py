@@ -46,7 +46,14 @@ class Job:
 
     def segment_settings(self, threads: int) -> SegmentSettings:
         """Return the settings of the segment stage for a worker with this many threads."""
-        return SegmentSettings(self.request, self.max_pixels, self.allow_truncated, threads)
+        return SegmentSettings(
+            self.request,
+            self.max_pixels,
+            self.allow_truncated,
+            threads,
+            self.resources.max_image_seconds,
+            self.resources.max_image_memory_gb,
+        )
 
 
 @dataclass(frozen=True, slots=True)

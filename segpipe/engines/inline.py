@@ -7,9 +7,8 @@ from segpipe.engines import Execute, Job, OnPhase, local_cpus, threads_per_actor
 from segpipe.models import pin_threads
 from segpipe.records import Committed, Fault
 from segpipe.shards.work import Work
-from segpipe.stages.commit import commit_chunk
+from segpipe.stages.guard import ChunkProcessor
 from segpipe.stages.read import read_chunks
-from segpipe.stages.segment import SegmentChunk
 
 
 @contextmanager
@@ -19,12 +18,12 @@ def open_inline(job: Job, on_phase: OnPhase) -> Iterator[Execute]:
     before = pin_threads(job.request.info.name, threads)
     try:
         on_phase(f"loading {job.request.info.name}")
-        segment = SegmentChunk(job.segment_settings(threads))
+        process = ChunkProcessor(job.segment_settings(threads), layout=job.layout, label=job.label)
 
         def execute(work: Sequence[Work]) -> Iterator[Committed | Fault]:
             for item in work:
                 for chunk in read_chunks(item):
-                    yield commit_chunk(segment(chunk), layout=job.layout, label=job.label)
+                    yield process(chunk)
 
         yield execute
     finally:

@@ -35,7 +35,7 @@ _QUIET = {
     "RAY_DEDUP_LOGS": "1",
 }
 if TYPE_CHECKING:
-    from segpipe.stages.segment import SegmentChunk
+    from segpipe.stages.guard import ChunkProcessor
 
 # Chunks are at most some 64 MB and only a few are in flight: Ray's own 30 % of a laptop's memory is not needed.
 _OBJECT_STORE_BYTES = 1 << 30
@@ -167,7 +167,7 @@ class _ChunkActor:
     def __init__(self, job: Job, threads: int) -> None:
         self._job = job
         self._threads = threads
-        self._segment: SegmentChunk | None = None
+        self._processor: ChunkProcessor | None = None
 
     def __call__(self, block: pa.Table) -> pa.Table:
         try:
@@ -177,15 +177,15 @@ class _ChunkActor:
 
     def _process(self, item: EncodedChunk | Fault | _Raised) -> Committed | Fault | _Raised:
         from segpipe.models import pin_threads
-        from segpipe.stages.commit import commit_chunk
-        from segpipe.stages.segment import SegmentChunk
+        from segpipe.stages.guard import ChunkProcessor
 
         if isinstance(item, _Raised):
             return item
-        if self._segment is None:
-            pin_threads(self._job.request.info.name, self._threads)
-            self._segment = SegmentChunk(self._job.segment_settings(self._threads))
-        return commit_chunk(self._segment(item), layout=self._job.layout, label=self._job.label)
+        if self._processor is None:
+            job = self._job
+            pin_threads(job.request.info.name, self._threads)
+            self._processor = ChunkProcessor(job.segment_settings(self._threads), layout=job.layout, label=job.label)
+        return self._processor(item)
 
 
 def _work_source(work: Sequence[Work]) -> Any:  # noqa: ANN401  # a ray class, and ray is imported late

@@ -24,7 +24,8 @@ from segpipe.shards.webdataset import read_webdataset, sample_member_bytes
 from segpipe.storage import filesystem, locate
 
 InputKind = Literal["folder", "webdataset", "parquet", "manifest"]
-Reader = Callable[[Shard, Callable[[int], bool]], Iterator[tuple[str, bytes | None]]]
+# Name and encoded bytes of each image: None for those that are not wanted, a number for those that have too many.
+Reader = Callable[[Shard, Callable[[int], bool]], Iterator[tuple[str, bytes | int | None]]]
 
 FOLDER_SHARD = "."
 _USUAL_IMAGE_BYTES = 256 << 10
@@ -78,8 +79,10 @@ def list_input(config: InputConfig) -> InputListing:
 def reader_for(kind: InputKind, config: InputConfig) -> Reader:
     """Return the function that reads one shard of a streamed kind."""
     readers: dict[str, Reader] = {
-        "webdataset": read_webdataset,
-        "parquet": partial(read_parquet, image_column=config.image_column, key_column=config.key_column),
+        "webdataset": partial(read_webdataset, max_bytes=config.max_bytes),
+        "parquet": partial(
+            read_parquet, image_column=config.image_column, key_column=config.key_column, max_bytes=config.max_bytes
+        ),
     }
     return readers[kind]
 
@@ -112,7 +115,7 @@ def _list_kind(config: InputConfig, place: Location, files: list[StoredFile]) ->
     if kind == "manifest":
         if len(files) != 1 or not is_manifest_name(files[0].name):
             raise InputError(f"input.uri: a manifest is one .txt, .csv, .jsonl or .parquet file, got {place.uri}")
-        images = read_manifest(files[0].location, column=config.image_column)
+        images = read_manifest(files[0].location, column=config.image_column, allowed_schemes=config.allowed_schemes)
         for image in {image.location.scheme: image for image in images}.values():
             filesystem(image.location)  # an unknown scheme is the manifest's mistake, not the image's
         return InputListing(kind, place.parent, images=tuple(images), shard_name=place.name)

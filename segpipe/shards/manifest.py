@@ -2,8 +2,10 @@
 
 import csv
 import io
+import ipaddress
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,18 +15,22 @@ from segpipe.records import ListedImage, Location, Version
 from segpipe.shards.keys import UniqueKeys, printable
 from segpipe.storage import locate, read_bytes
 
+# Names under which clouds serve the secrets of a machine to whoever asks from it.
+_METADATA_HOSTS = frozenset({"metadata.google.internal", "metadata", "instance-data"})
 URI_COLUMNS = ("uri", "url", "image_uri", "image_url", "path", "image", "image_path", "file_name", "filename", "file")
 
 
-def read_manifest(place: Location, *, column: str = "auto") -> list[ListedImage]:
+def read_manifest(place: Location, *, column: str = "auto", allowed_schemes: Sequence[str] = ()) -> list[ListedImage]:
     """Return the images that a manifest names, in its order; a URI that stands twice gets `#2`.
 
     Args:
         place: `.txt` (one URI a line, `#` begins a comment), `.csv` with a header, `.jsonl`, or `.parquet`.
         column: column or JSON key with the URI; `auto` finds it.
 
+        allowed_schemes: that entries may have; empty allows all to a local manifest, all but `file` to a remote one.
+
     Raises:
-        InputError: if it cannot be parsed, has no such column, or an entry is empty.
+        InputError: if it cannot be parsed, has no such column, an entry is empty, or leads where it may not.
         StoreError: if the store does not answer.
     """
     parse = {"txt": _parse_text, "csv": _parse_csv, "jsonl": _parse_jsonl, "parquet": _parse_parquet}
@@ -40,7 +46,35 @@ def read_manifest(place: Location, *, column: str = "auto") -> list[ListedImage]
     if empty is not None:
         raise InputError(f"{place.uri}: entry {empty} of {len(uris):,} has no image URI; fill it in or remove it")
     keys = UniqueKeys()
-    return [ListedImage(keys.add(printable(uri)), _resolve(uri, place), Version(None, None)) for uri in uris]
+    images = [ListedImage(keys.add(printable(uri)), _resolve(uri, place), Version(None, None)) for uri in uris]
+    _refuse_forbidden(images, place, allowed_schemes)
+    return images
+
+
+def _refuse_forbidden(images: Sequence[ListedImage], manifest: Location, allowed: Sequence[str]) -> None:
+    """Keep a manifest of somebody else's from reading this machine's files or its cloud's secrets.
+
+    Raises:
+        InputError: if an entry has a scheme that is not allowed, or a link-local host, where metadata services are.
+    """
+    for number, image in enumerate(images, start=1):
+        place = image.location
+        if place.scheme not in allowed and (allowed or (place.is_local and not manifest.is_local)):
+            raise InputError(
+                f"{manifest.uri}: entry {number}, {image.key}, is a {place.scheme} address, which "
+                f"{'a remote manifest may not name' if not allowed else 'input.allowed_schemes does not name'}; "
+                f"add {place.scheme!r} to input.allowed_schemes if you trust it"
+            )
+        if place.scheme in ("http", "https") and _is_link_local(place.uri):
+            raise InputError(f"{manifest.uri}: entry {number}, {image.key}, is a link-local address; remove it")
+
+
+def _is_link_local(uri: str) -> bool:
+    host = urlsplit(uri).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_link_local
+    except ValueError:
+        return host.rstrip(".").lower() in _METADATA_HOSTS
 
 
 def _resolve(uri: str, manifest: Location) -> Location:

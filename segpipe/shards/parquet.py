@@ -30,8 +30,8 @@ class _Columns:
 
 
 def read_parquet(
-    shard: Shard, wanted: Callable[[int], bool], *, image_column: str = "auto", key_column: str = "auto"
-) -> Iterator[tuple[str, bytes | None]]:
+    shard: Shard, wanted: Callable[[int], bool], *, image_column: str = "auto", key_column: str = "auto", max_bytes: int
+) -> Iterator[tuple[str, bytes | int | None]]:
     """Yield (key, encoded bytes) for each row, in order; empty bytes for a null image.
 
     Args:
@@ -39,6 +39,7 @@ def read_parquet(
         wanted: tells whether the bytes of the image at this position are needed; others come as None.
         image_column: column with the bytes; `auto` finds it.
         key_column: column whose text becomes the key; `auto` finds it.
+        max_bytes: of a larger cell only the size is given.
 
     Raises:
         InputError: if a column named by the user is missing, or none can hold images.
@@ -56,7 +57,8 @@ def read_parquet(
             num_rows = file.metadata.row_group(group).num_rows
             needed = any(wanted(index) for index in range(ordinal, ordinal + num_rows))
             for key, data in _read_group(file, group, columns, with_images=needed):
-                yield (f"{ordinal:09d}" if key is None else key), (data if wanted(ordinal) else None)
+                content = len(data) if len(data) > max_bytes else data
+                yield (f"{ordinal:09d}" if key is None else key), (content if wanted(ordinal) else None)
                 ordinal += 1
 
 

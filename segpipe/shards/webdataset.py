@@ -40,12 +40,15 @@ class _StrictTarInfo(tarfile.TarInfo):
             raise _BadHeaderError(str(error) or type(error).__name__) from error
 
 
-def read_webdataset(shard: Shard, wanted: Callable[[int], bool]) -> Iterator[tuple[str, bytes | None]]:
+def read_webdataset(
+    shard: Shard, wanted: Callable[[int], bool], *, max_bytes: int
+) -> Iterator[tuple[str, bytes | int | None]]:
     """Yield (member name, encoded bytes) for each image of a tar, in its order.
 
     Args:
         shard: `.tar`, or compressed with gzip, bzip2 or xz.
         wanted: tells whether the bytes of the image at this position are needed; others come as None.
+        max_bytes: of a larger member only the size is given, and its bytes are passed over.
 
     Raises:
         ShardCorruptError: where the bytes cannot be read any further.
@@ -54,7 +57,7 @@ def read_webdataset(shard: Shard, wanted: Callable[[int], bool]) -> Iterator[tup
     with open_stream(shard.location, listed_bytes=shard.version.size_bytes) as stream:
         try:
             with tarfile.open(fileobj=stream, mode="r|*", bufsize=_BUFFER_BYTES, tarinfo=_StrictTarInfo) as tar:
-                yield from _read_members(tar, wanted)
+                yield from _read_members(tar, wanted, max_bytes)
                 _refuse_more(tar)
         except (_BadHeaderError, *_BAD_BYTES) as error:
             raise ShardCorruptError("TruncatedShard", _describe(error)) from error
@@ -78,14 +81,18 @@ def sample_member_bytes(shard: Shard, *, num_images: int = 16) -> list[int]:
             return []
 
 
-def _read_members(tar: tarfile.TarFile, wanted: Callable[[int], bool]) -> Iterator[tuple[str, bytes | None]]:
+def _read_members(
+    tar: tarfile.TarFile, wanted: Callable[[int], bool], max_bytes: int
+) -> Iterator[tuple[str, bytes | int | None]]:
     ordinal = 0
     for member in tar:
         tar.members.clear()  # type: ignore[attr-defined]  # missing in typeshed; tarfile keeps every header it has seen, 1 kB each
         if not member.isreg() or not is_image_name(member.name):
             continue
-        data = None
-        if wanted(ordinal):
+        data: bytes | int | None = None
+        if wanted(ordinal) and member.size > max_bytes:
+            data = member.size
+        elif wanted(ordinal):
             file = tar.extractfile(member)
             data = file.read() if file is not None else b""
             if len(data) < member.size:

@@ -38,10 +38,12 @@ class ListedWork:
     Attributes:
         chunk: identity of the chunk.
         images: in order.
+        max_bytes: a larger image is not read.
     """
 
     chunk: ChunkId
     images: tuple[ListedImage, ...]
+    max_bytes: int
 
 
 Work = StreamWork | ListedWork

@@ -19,9 +19,13 @@ class SegmentSettings:
         max_pixels: refuse larger images.
         allow_truncated: decode what there is of a file that was cut short.
         threads: CPU threads of one worker.
+        max_seconds: that one step with an image may take.
+        max_memory_gb: that an image may take when it is tried alone.
     """
 
     request: ModelRequest
     max_pixels: int
     allow_truncated: bool
     threads: int
+    max_seconds: float = 600.0
+    max_memory_gb: float = 8.0

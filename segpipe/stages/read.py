@@ -31,13 +31,18 @@ def read_chunks(work: Work) -> Iterator[EncodedChunk | Fault]:
 
 
 def _read_listed(work: ListedWork) -> Iterator[EncodedChunk]:
-    yield EncodedChunk(work.chunk, tuple(_read_image(image, work.chunk.shard) for image in work.images))
+    images = tuple(_read_image(image, work.chunk.shard, work.max_bytes) for image in work.images)
+    yield EncodedChunk(work.chunk, images)
 
 
-def _read_image(image: ListedImage, shard: str) -> EncodedImage:
+def _read_image(image: ListedImage, shard: str, max_bytes: int) -> EncodedImage:
     image_id = image_id_of(shard, image.key)
+    if (image.version.size_bytes or 0) > max_bytes:
+        return EncodedImage(image_id, image.key, None, b"", _too_many_bytes(image.version.size_bytes or 0, max_bytes))
     try:
-        return EncodedImage(image_id, image.key, None, read_bytes(image.location))
+        data = read_bytes(image.location)
+        failure = _too_many_bytes(len(data), max_bytes) if len(data) > max_bytes else None
+        return EncodedImage(image_id, image.key, None, b"" if failure else data, failure)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         failure = ImageFailure(
             "read", "NotFound", "there is no such file any more; it was listed when the run was planned"
@@ -70,12 +75,15 @@ def _number(work: StreamWork) -> Iterator[EncodedImage]:
     shard = work.shard.name
     ordinal = 0
     try:
-        for key, data in reader_for(work.kind, work.config)(
+        for key, content in reader_for(work.kind, work.config)(
             work.shard, lambda position: _is_wanted(work, position // work.chunk_images)
         ):
             unique = keys.add(key)
             failure = None
-            if data is not None and not data:
+            data = b"" if isinstance(content, int) else content
+            if isinstance(content, int):
+                failure = _too_many_bytes(content, work.config.max_bytes)
+            elif data is not None and not data:
                 failure = ImageFailure("read", "Empty", "the image has no bytes")
             yield EncodedImage(f"{shard}/{unique}", unique, ordinal, data or b"", failure)
             ordinal += 1
@@ -83,6 +91,10 @@ def _number(work: StreamWork) -> Iterator[EncodedImage]:
         kind = error.error_type if isinstance(error, ShardCorruptError) else "UnreadableShard"
         key = f"{shard}#read"
         yield EncodedImage(key, key, ordinal, b"", ImageFailure("read", kind, stable_text(error)))
+
+
+def _too_many_bytes(found: int, allowed: int) -> ImageFailure:
+    return ImageFailure("read", "TooManyBytes", f"{found:,} bytes, input.max_bytes allows {allowed:,}")
 
 
 def _is_wanted(work: StreamWork, index: int) -> bool:

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,8 @@ from segpipe.records import EncodedChunk, EncodedImage, Fault, ImageFailure, Ima
 from segpipe.rows import failed_image_row, image_row, instances_table
 from segpipe.stages import SegmentSettings
 from segpipe.tables import IMAGES_SCHEMA, INSTANCES_SCHEMA
+
+Watch = Callable[[str, Sequence[str]], None]
 
 # Prepared images that may wait for others of their shape, in batches: 4 batches of 16 at 800 x 1333 are 0.8 GB.
 _MAX_WAITING_BATCHES = 4
@@ -35,8 +37,13 @@ class _Prepared:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
-    """What one image becomes: its `images` row and its `instances` rows."""
+class Rows:
+    """What one image becomes.
+
+    Attributes:
+        image: its `images` row.
+        instances: its `instances` rows.
+    """
 
     image: dict[str, object]
     instances: pa.Table
@@ -59,9 +66,17 @@ class SegmentChunk:
             "mask_encoder": choose_encoder(),
         }
         self._seconds: dict[str, float] = {}
+        self._watch: Watch = lambda *_: None
 
-    def __call__(self, chunk: EncodedChunk | Fault) -> SegmentedChunk | Fault:
+    def __call__(
+        self, chunk: EncodedChunk | Fault, *, known: Mapping[int, Rows] | None = None, watch: Watch = lambda *_: None
+    ) -> SegmentedChunk | Fault:
         """Segment every image of a chunk, in batches of one padded shape.
+
+        Args:
+            chunk: encoded images, or the fault that came instead.
+            known: position to rows of images that need not be looked at any more.
+            watch: told of each step (`decode`, `segment`) and the image_ids that are in it, before it is taken.
 
         Returns:
             Rows in the order of the images, or a fault of memory or device, which leaves the chunk pending.
@@ -69,7 +84,8 @@ class SegmentChunk:
         if isinstance(chunk, Fault):
             return chunk
         self._seconds = defaultdict(float, read=chunk.read_seconds)
-        rows: dict[int, _Rows] = {}
+        self._watch = watch
+        rows: dict[int, Rows] = dict(known or {})
         try:
             for batch in self._batches(chunk, rows):
                 rows.update(self._segment_batch(batch, chunk.id.shard))
@@ -88,15 +104,17 @@ class SegmentChunk:
             seconds=dict(self._seconds),
         )
 
-    def _batches(self, chunk: EncodedChunk, rows: dict[int, _Rows]) -> Iterator[list[_Prepared]]:
+    def _batches(self, chunk: EncodedChunk, rows: dict[int, Rows]) -> Iterator[list[_Prepared]]:
         """Yield images grouped by padded shape; those that cannot be used get their row at once.
 
         Which images share a batch depends on the chunk and the batch size alone, so a repeated try gives the same rows.
         """
         waiting: dict[tuple[int, int], list[_Prepared]] = {}
         for position, image in enumerate(chunk.images):
+            if position in rows:
+                continue
             prepared = self._prepare(position, image, chunk.id.shard)
-            if isinstance(prepared, _Rows):
+            if isinstance(prepared, Rows):
                 rows[position] = prepared
                 continue
             shape = prepared.frame.padded_hw
@@ -107,9 +125,10 @@ class SegmentChunk:
                 yield waiting.pop(next(iter(waiting)))
         yield from waiting.values()
 
-    def _prepare(self, position: int, image: EncodedImage, shard: str) -> _Prepared | _Rows:
+    def _prepare(self, position: int, image: EncodedImage, shard: str) -> _Prepared | Rows:
         if image.failure is not None:
-            return _failed(image, shard, image.failure, None)
+            return failed_rows(image, shard, image.failure, None)
+        self._watch("decode", [image.image_id])
         try:
             with self._timed("decode"):
                 decoded = decode_image(
@@ -118,22 +137,23 @@ class SegmentChunk:
                     allow_truncated=self.settings.allow_truncated,
                 )
         except ImageRejectedError as error:
-            return _failed(image, shard, ImageFailure("decode", error.error_type, str(error)), error.header)
+            return failed_rows(image, shard, ImageFailure("decode", error.error_type, str(error)), error.header)
         try:
             with self._timed("prepare"):
                 pixels, frame = self._segmenter.prepare(decoded.pixels)
         except Exception as error:  # noqa: BLE001  # one image, whatever a model makes of it
-            return _failed(image, shard, _blame_image(error), decoded.header)
+            return failed_rows(image, shard, _blame_image(error), decoded.header)
         return _Prepared(position, image, decoded.header, pixels, frame)
 
-    def _segment_batch(self, batch: list[_Prepared], shard: str) -> dict[int, _Rows]:
+    def _segment_batch(self, batch: list[_Prepared], shard: str) -> dict[int, Rows]:
         """Run the model; where a batch fails, its images are tried one by one, so that only the guilty one fails."""
+        self._watch("segment", [prepared.image.image_id for prepared in batch])
         try:
             predictions = self._predict(batch)
         except Exception as error:  # noqa: BLE001  # one batch, then one image
             failure = _blame_image(error)
             if len(batch) == 1:
-                return {batch[0].position: _failed(batch[0].image, shard, failure, batch[0].header)}
+                return {batch[0].position: failed_rows(batch[0].image, shard, failure, batch[0].header)}
             return {position: row for one in batch for position, row in self._segment_batch([one], shard).items()}
         with self._timed("encode"):
             return {
@@ -147,7 +167,7 @@ class SegmentChunk:
             raw = self._segmenter.forward([prepared.pixels for prepared in batch], frames)
             return self._segmenter.decode(raw, frames)
 
-    def _rows_of(self, prepared: _Prepared, prediction: Prediction, shard: str) -> _Rows:
+    def _rows_of(self, prepared: _Prepared, prediction: Prediction, shard: str) -> Rows:
         image = prepared.image
         table = instances_table(
             image.image_id,
@@ -155,7 +175,7 @@ class SegmentChunk:
             image_hw=prepared.frame.image_hw,
             categories=self.settings.request.info.categories,
         )
-        return _Rows(image_row(image, shard, prepared.header, prediction), table)
+        return Rows(image_row(image, shard, prepared.header, prediction), table)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -166,8 +186,9 @@ class SegmentChunk:
             self._seconds[name] += time.perf_counter() - started
 
 
-def _failed(image: EncodedImage, shard: str, failure: ImageFailure, header: ImageHeader | None) -> _Rows:
-    return _Rows(failed_image_row(image, shard, failure, header), INSTANCES_SCHEMA.empty_table())
+def failed_rows(image: EncodedImage, shard: str, failure: ImageFailure, header: ImageHeader | None) -> Rows:
+    """Return the rows of an image that has no instances because of its bytes."""
+    return Rows(failed_image_row(image, shard, failure, header), INSTANCES_SCHEMA.empty_table())
 
 
 def _blame_image(error: Exception) -> ImageFailure:

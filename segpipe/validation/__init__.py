@@ -126,6 +126,23 @@ def _check_chunks(layout: RunLayout, findings: Findings, on_chunk: Callable[[str
     return receipts
 
 
+def find_damaged(layout: RunLayout) -> list[Location]:
+    """Return the images files of the chunks that are damaged themselves, or whose instances file is.
+
+    Raises:
+        StoreError: if the store does not answer.
+    """
+    categories = _read_categories(layout, Findings())
+    damaged = []
+    for name in list_names(layout.table("images")):
+        if name.endswith(".parquet") and not name.startswith("."):
+            findings = Findings()
+            _check_chunk(layout, name, categories, findings)
+            if findings.problems:
+                damaged.append(layout.table("images") / name)
+    return damaged
+
+
 def _check_strays(layout: RunLayout, receipts: Mapping[str, Receipt], findings: Findings) -> None:
     for orphan in find_orphans(layout, receipts):
         findings.add("strays", f"{orphan.uri}: no receipt names it; the next start of the run removes it")
