@@ -100,11 +100,10 @@ def test_memory_without_end_is_stopped_in_a_process_of_its_own(tmp_path):
 @pytest.mark.slow
 @pytest.mark.ray
 def test_on_ray_one_start_ends_with_exactly_the_poisoned_images_failed(tmp_path):
-    source = write_photos(tmp_path / "in", range(12))
+    source = write_photos(tmp_path / "in", range(8))
     failed = {
         poison(source, 1, "decode:segfault"): ("decode", "Crashed"),
-        poison(source, 6, "segment:exit"): ("segment", "Crashed"),
-        poison(source, 7, "segment:hang"): ("segment", "TimedOut"),
+        poison(source, 6, "segment:hang"): ("segment", "TimedOut"),
     }
     done = start(source, tmp_path / "lake", "--ray-address", "local")
     assert done.returncode == 0, done.stderr
