@@ -11,7 +11,7 @@ from segpipe.layout import RunLayout
 from segpipe.records import Location
 from segpipe.runs import list_runs, read_receipts
 from segpipe.storage import locate, read_bytes
-from segpipe.tables import IMAGES_SCHEMA, INSTANCES_SCHEMA, parse_table
+from segpipe.tables import IMAGES_SCHEMA, INSTANCES_SCHEMA, parse_receipt, parse_table
 
 _PARALLEL_READS = 16
 
@@ -64,8 +64,21 @@ def iterate_chunks(layout: RunLayout) -> Iterator[tuple[pa.Table, pa.Table]]:
     """
     receipts = sorted(read_receipts(layout).values(), key=lambda receipt: (receipt.chunk.shard, receipt.chunk.index))
     for receipt in receipts:
-        images = parse_table(read_bytes(layout.images_file(receipt.chunk.name)))
-        yield images, parse_table(read_bytes(layout.table("instances") / receipt.instances_file))
+        yield read_chunk(layout, receipt.chunk.name)
+
+
+def read_chunk(layout: RunLayout, chunk_name: str) -> tuple[pa.Table, pa.Table]:
+    """Return the images and the instances of one committed chunk.
+
+    Raises:
+        OutputError: if a file is damaged.
+        StoreError: if the store does not answer.
+    """
+    place = layout.images_file(chunk_name)
+    images = parse_table(read_bytes(place))
+    receipt = parse_receipt(images.schema.metadata, file=place.uri)
+    instances = parse_table(read_bytes(layout.table("instances") / receipt.instances_file))
+    return images.replace_schema_metadata(None), instances.replace_schema_metadata(None)
 
 
 def read_categories(layout: RunLayout) -> dict[int, str]:

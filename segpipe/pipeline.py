@@ -37,7 +37,12 @@ _ENOUGH_TO_JUDGE = 200
 
 
 def run(
-    config: Config, *, limit: int | None = None, refresh: bool = False, on_progress: OnProgress = lambda _: None
+    config: Config,
+    *,
+    limit: int | None = None,
+    refresh: bool = False,
+    retry_where: str | None = None,
+    on_progress: OnProgress = lambda _: None,
 ) -> RunSummary:
     """Segment every image of an input that is not committed yet, and commit it.
 
@@ -47,6 +52,8 @@ def run(
         config: input, model, output, resources.
         limit: only the first images of the input; whole chunks where images are streamed from shards.
         refresh: redo what was replaced in the input since it was read.
+        retry_where: segment failed images again, those that this SQL condition over `images` picks: `TRUE` for all,
+            or such as `error_type = 'TimedOut'`.
         on_progress: told of every phase and every committed chunk.
 
     Raises:
@@ -62,7 +69,7 @@ def run(
             lease = stack.enter_context(hold_lease(request.layout.lease_file, lambda text: on_progress(Progress(text))))
         except (StoreError, OSError) as error:
             raise OutputError(f"output.uri: {request.layout.output.uri} cannot be written: {error}") from None
-        plan = make_plan(request, limit=limit, refresh=refresh)
+        plan = make_plan(request, limit=limit, refresh=refresh, retry_where=retry_where)
         _refuse_replaced(plan)
         record = _begin(plan)
         tally = Tally(plan, on_progress, limit=limit)

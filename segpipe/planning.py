@@ -9,6 +9,7 @@ from segpipe.keylists import KeyList, read_keys
 from segpipe.layout import chunk_name
 from segpipe.records import ChunkId, ListedImage, Receipt, Shard
 from segpipe.request import Request
+from segpipe.retries import find_failed
 from segpipe.runs import RunRecord, read_receipts, read_run
 from segpipe.shards import sample_image_bytes
 from segpipe.shards.work import ListedWork, StreamWork, Work
@@ -38,6 +39,7 @@ class Plan:
         obsolete: receipts of chunks beyond the end of a refreshed shard that is shorter now.
         lost_shards: shards that are gone from the input before they were read to their end.
         image_bytes: encoded size of a typical image.
+        retries: chunk name to the image_ids that are to be segmented again, of committed chunks.
     """
 
     request: Request
@@ -51,17 +53,22 @@ class Plan:
     obsolete: tuple[Receipt, ...] = ()
     lost_shards: tuple[str, ...] = ()
     image_bytes: int = 1
+    retries: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
-def make_plan(request: Request, *, limit: int | None = None, refresh: bool = False) -> Plan:
+def make_plan(
+    request: Request, *, limit: int | None = None, refresh: bool = False, retry_where: str | None = None
+) -> Plan:
     """Find the chunks that are missing.
 
     Args:
         request: checked request.
         limit: look at the first images only; exact for a folder or manifest that is new, else whole chunks.
         refresh: redo what was replaced since it was read, instead of listing it in `replaced`.
+        retry_where: segment failed images again, those that this SQL condition picks; None leaves them.
 
     Raises:
+        ConfigError: if the condition is none.
         OutputError: if the run's name belongs to other settings, or its files are unreadable.
         StoreError: if the store does not answer.
     """
@@ -72,7 +79,8 @@ def make_plan(request: Request, *, limit: int | None = None, refresh: bool = Fal
     _refuse_gaps(record, receipts, request)
     image_bytes = sample_image_bytes(request.listing, request.config.input)
     chunk_images = record.chunk_images if record is not None else choose_chunk_images(request, image_bytes)
-    plan = Plan(request, record, chunk_images, receipts, (), image_bytes=image_bytes)
+    retries = {} if retry_where is None else find_failed(request.layout, receipts, retry_where)
+    plan = Plan(request, record, chunk_images, receipts, (), image_bytes=image_bytes, retries=retries)
     if request.listing.is_streamed:
         return _plan_streams(plan, refresh=refresh)
     return _plan_listed(plan, limit=limit, refresh=refresh)
@@ -116,7 +124,7 @@ def find_ends(receipts: Iterable[Receipt]) -> dict[str, Receipt]:
 def find_obsolete(plan: Plan, receipts: Mapping[str, Receipt]) -> tuple[Receipt, ...]:
     """Return the receipts of chunks that a refreshed, now shorter shard no longer has."""
     return (
-        _plan_streams(replace(plan, receipts=receipts), refresh=True).obsolete
+        _plan_streams(replace(plan, receipts=receipts, retries={}), refresh=True).obsolete
         if plan.request.listing.is_streamed
         else ()
     )
@@ -130,7 +138,7 @@ def is_complete(plan: Plan, receipts: Mapping[str, Receipt]) -> bool:
         listed = {image.key for image in plan.request.listing.images}
         chunks = _listed_chunks(plan.request, plan.keys)
         return listed <= plan.keys.images.keys() and all(_stands(chunk, receipts) for chunk, _ in chunks)
-    return not _plan_streams(replace(plan, receipts=receipts), refresh=True).work
+    return not _plan_streams(replace(plan, receipts=receipts, retries={}), refresh=True).work
 
 
 def _refuse_gaps(record: RunRecord | None, receipts: Mapping[str, Receipt], request: Request) -> None:
@@ -181,7 +189,8 @@ def _plan_streams(plan: Plan, *, refresh: bool) -> Plan:
         version = str(shard.version)
         current = [receipt for receipt in receipts if receipt.chunk.version == version]
         end = next((receipt.chunk.index for receipt in current if receipt.shard_num_images is not None), None)
-        done = frozenset(receipt.chunk.index for receipt in current)
+        again = [receipt for receipt in current if receipt.chunk.name in plan.retries]
+        done = frozenset(receipt.chunk.index for receipt in current if receipt not in again)
         # Beyond the end of a shard that was refreshed and is shorter now there is nothing to redo, only to remove.
         beyond = [receipt for receipt in receipts if end is not None and receipt.chunk.index > end]
         obsolete += beyond
@@ -189,7 +198,7 @@ def _plan_streams(plan: Plan, *, refresh: bool) -> Plan:
         if stale and not refresh:
             replaced.append(f"{shard.name} was {stale[0].chunk.version}, is {shard.version}")
         elif end is None or done != frozenset(range(end + 1)):
-            work.append(_stream_work(plan, shard, done, stale))
+            work.append(_stream_work(plan, shard, done, [*stale, *again]))
     lost = [
         name for name, receipts in by_shard.items() if all(receipt.shard_num_images is None for receipt in receipts)
     ]
@@ -207,7 +216,10 @@ def _plan_streams(plan: Plan, *, refresh: bool) -> Plan:
 def _stream_work(plan: Plan, shard: Shard, done: frozenset[int], stale: Sequence[Receipt]) -> StreamWork:
     listing, config = plan.request.listing, plan.request.config.input
     generations = {receipt.chunk.index: receipt.chunk.generation + 1 for receipt in stale}
-    return StreamWork(shard, listing.kind, config, plan.chunk_images, done, generations)
+    retries = {
+        receipt.chunk.index: plan.retries[receipt.chunk.name] for receipt in stale if receipt.chunk.name in plan.retries
+    }
+    return StreamWork(shard, listing.kind, config, plan.chunk_images, done, generations, retries=retries)
 
 
 # ---------------------------------------------------------------- listed inputs: folder, manifest
@@ -233,10 +245,12 @@ def _plan_listed(plan: Plan, *, limit: int | None, refresh: bool) -> Plan:
         if limit is not None and num_images >= limit:
             break
         num_images += len(images)
-        if not _stands(chunk, plan.receipts):
+        stands, retry = _stands(chunk, plan.receipts), plan.retries.get(chunk.name)
+        if not stands or retry:
             receipt = plan.receipts.get(chunk.name)
-            generation = receipt.chunk.generation + 1 if receipt else 1
-            work.append(ListedWork(replace(chunk, generation=generation), images, request.config.input.max_bytes))
+            redone = replace(chunk, generation=receipt.chunk.generation + 1 if receipt else 1)
+            max_bytes = request.config.input.max_bytes
+            work.append(ListedWork(redone, images, max_bytes, retry if stands else None))
     return replace(
         plan,
         work=tuple(work),

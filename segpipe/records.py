@@ -173,12 +173,14 @@ class EncodedChunk:
     Attributes:
         shard_num_images: set on the last chunk of a streamed shard: how many images the shard holds.
         read_seconds: time spent reading.
+        retry: image_ids to segment again; the rows of the others are those that are committed. None segments all.
     """
 
     id: ChunkId
     images: tuple[EncodedImage, ...]
     shard_num_images: int | None = None
     read_seconds: float = 0.0
+    retry: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,5 +67,9 @@ MOMENTS: dict[str, Callable[[], None]] = {
 if __name__ == "__main__":
     moment, source, lake = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     MOMENTS[moment]()
-    pipeline.run(config(source, lake, input__chunk_images=2), refresh="refresh" in sys.argv)
+    pipeline.run(
+        config(source, lake, input__chunk_images=2),
+        refresh="refresh" in sys.argv,
+        retry_where="TRUE" if "retry" in sys.argv else None,
+    )
     raise SystemExit(f"did not die: {moment}")

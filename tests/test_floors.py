@@ -16,7 +16,7 @@ FLOORS = [
     {"records", "errors", "detections"},
     {"masks", "images", "config", "sections", "storage", "listing"},
     {"shards", "models", "tables", "layout", "rows", "lease", "overlay"},
-    {"stages", "runs", "attempts", "keylists", "request", "planning", "lake", "validation", "progress"},
+    {"stages", "runs", "attempts", "keylists", "retries", "request", "planning", "lake", "validation", "progress"},
     {"engines", "pipeline"},
     {"overview", "quicklook", "coco"},
     {"evaluation", "finetuning"},

@@ -285,9 +285,13 @@ def test_an_image_that_the_model_cannot_take_fails_alone(step):
     assert [row["num_instances"] for row in rows[2:]] == [4, 4, 4]
 
 
-@pytest.mark.parametrize("step", ["prepare", "forward"])
-def test_lack_of_memory_leaves_the_chunk_pending(step):
-    assert awkward(step, MemoryError()) == Fault("c", "segment", "MemoryError: MemoryError")
+def test_lack_of_memory_before_the_model_leaves_the_chunk_pending():
+    assert awkward("prepare", MemoryError()) == Fault("c", "segment", "MemoryError: MemoryError")
+
+
+def test_a_device_that_fails_leaves_the_chunk_pending():
+    found = awkward("forward", RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert isinstance(found, Fault)
 
 
 def test_a_bug_in_the_framework_is_not_swallowed(monkeypatch):
@@ -342,3 +346,43 @@ def test_a_store_that_does_not_take_it_leaves_the_chunk_pending(tmp_path, segmen
     assert commit_chunk(segmented, layout=layout, label=label()) == Fault("c", "commit", "No space left on device")
     fault = Fault("c", "read", "x")
     assert commit_chunk(fault, layout=layout, label=label()) is fault
+
+
+class Hungry:
+    """A blank model with room for a number of images at a time."""
+
+    def __init__(self, inner, room):
+        self._inner, self._room = inner, room
+        self.batch_size, self.resolved = 4, inner.resolved
+        self.asked = []
+
+    def prepare(self, image):
+        return self._inner.prepare(image)
+
+    def forward(self, pixels, frames):
+        self.asked.append(len(pixels))
+        if len(pixels) > self._room:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return self._inner.forward(pixels, frames)
+
+    def decode(self, raw, frames):
+        return self._inner.decode(raw, frames)
+
+
+@pytest.mark.parametrize("room", [4, 1, 0])
+def test_where_memory_is_short_batches_become_single_images_and_those_fail_last(room):
+    stage = SegmentChunk(settings())
+    data = [encode(cells(["red", "blue", None, "green"]))] * 4
+    expected = stage(chunk_of(*data))
+    stage._segmenter = hungry = Hungry(stage._segmenter, room)
+    found = stage(chunk_of(*data))
+    if room:
+        assert found.instances.equals(expected.instances)
+        assert found.images.equals(expected.images)
+        assert found.resolved.get("out_of_memory", 0) == (room < 4)
+        assert hungry.asked == ([4] if room == 4 else [4, 1, 1, 1, 1])
+    else:
+        assert {row["error_type"] for row in found.images.to_pylist()} == {"OutOfMemory"}
+        assert found.resolved["out_of_memory"] == 5
+    hungry._room = 4
+    assert "out_of_memory" not in stage(chunk_of(*data)).resolved

@@ -39,6 +39,10 @@ def run(
     set_: Settings = None,
     limit: Limit = None,
     refresh: Refresh = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Segment failed images again.")] = False,
+    where: Annotated[
+        str, typer.Option(help="With --retry-failed: which, as SQL over images: \"error_type = 'TimedOut'\".")
+    ] = "TRUE",
 ) -> None:
     """Segment every image of an input into the tables of a lake; the same command again resumes.
 
@@ -61,7 +65,8 @@ def run(
     from segpipe.pipeline import run as run_pipeline
 
     with interruptible(), quiet_native_output() as stderr, ProgressLine(stderr) as line:
-        summary = run_pipeline(chosen, limit=limit, refresh=refresh, on_progress=line.show)
+        retry_where = where if retry_failed else None
+        summary = run_pipeline(chosen, limit=limit, refresh=refresh, retry_where=retry_where, on_progress=line.show)
     print_summary(summary)
     raise typer.Exit(summary.exit_code)
 

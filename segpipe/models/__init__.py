@@ -8,8 +8,10 @@ To add a model: one module with a load function, one entry in `MODELS`, one test
 """
 
 import difflib
+import gc
 import importlib
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -24,6 +26,8 @@ from segpipe.records import Location
 _MACHINE_FAULT = re.compile(
     r"out of memory|can't allocate memory|not enough memory|CUDA error|CUDNN|cuBLAS", re.IGNORECASE
 )
+
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 Pixels = TypeVar("Pixels")
 Raw = TypeVar("Raw")
@@ -195,6 +199,21 @@ def pin_threads(model_name: str, threads: int) -> int:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     return before
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory, the host's or the device's, was too small for what a model was asked."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+def release_memory() -> None:
+    """Give back what the model's library keeps for later."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def is_machine_fault(error: BaseException) -> bool:

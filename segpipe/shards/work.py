@@ -20,6 +20,7 @@ class StreamWork:
         done: indexes of committed chunks.
         generations: index to generation of chunks that are redone; others are the first.
         max_chunks: stop after this many chunks of the shard; None reads it all.
+        retries: index to the image_ids to segment again, of chunks in which only they are.
     """
 
     shard: Shard
@@ -29,6 +30,7 @@ class StreamWork:
     done: frozenset[int] = frozenset()
     generations: Mapping[int, int] = field(default_factory=dict)
     max_chunks: int | None = None
+    retries: Mapping[int, frozenset[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +41,13 @@ class ListedWork:
         chunk: identity of the chunk.
         images: in order.
         max_bytes: a larger image is not read.
+        retry: image_ids to segment again; None segments all.
     """
 
     chunk: ChunkId
     images: tuple[ListedImage, ...]
     max_bytes: int
+    retry: frozenset[str] | None = None
 
 
 Work = StreamWork | ListedWork

@@ -13,8 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import pyarrow.compute as pc
+
 from segpipe.attempts import Attempt, begin_attempt, end_attempt, note_attempt
 from segpipe.errors import StoreError
+from segpipe.lake import read_chunk
 from segpipe.layout import RunLayout
 from segpipe.records import Committed, EncodedChunk, Fault, ImageFailure
 from segpipe.stages import SegmentSettings
@@ -70,9 +73,9 @@ class ChunkProcessor:
         if attempt.barren >= _MAX_BARREN:
             message = f"{attempt.barren} workers died before they had begun an image of it"
             return Fault(chunk.id.name, "segment", message), attempt
-        known: dict[int, Rows] = {}
+        known = self._committed_rows(chunk)
         for position, image in enumerate(chunk.images):
-            if image.image_id not in attempt.suspects:
+            if image.image_id not in attempt.suspects or position in known:
                 continue
             verdict = attempt.verdicts.get(image.image_id)
             if verdict is None:
@@ -91,6 +94,20 @@ class ChunkProcessor:
         segmented = self._segment(chunk, known=known, watch=self._watcher(chunk, attempt))
         self._watchdog.rest()
         return commit_chunk(segmented, layout=self._layout, label=self._label), attempt
+
+    def _committed_rows(self, chunk: EncodedChunk) -> dict[int, Rows]:
+        """Return the rows that stand, by position, of a chunk in which only failed images are tried again."""
+        if chunk.retry is None:
+            return {}
+        images, instances = read_chunk(self._layout, chunk.id.name)
+        rows = {row["image_id"]: row for row in images.to_pylist()}
+        return {
+            position: Rows(
+                rows[image.image_id], instances.filter(pc.equal(instances["image_id"], image.image_id)).combine_chunks()
+            )
+            for position, image in enumerate(chunk.images)
+            if image.image_id not in chunk.retry and image.image_id in rows
+        }
 
     def _watcher(self, chunk: EncodedChunk, attempt: Attempt) -> Callable[[str, Sequence[str]], None]:
         """Return what is called before each step with some images: winds up the watchdog, and notes them."""

@@ -32,7 +32,7 @@ def read_chunks(work: Work) -> Iterator[EncodedChunk | Fault]:
 
 def _read_listed(work: ListedWork) -> Iterator[EncodedChunk]:
     images = tuple(_read_image(image, work.chunk.shard, work.max_bytes) for image in work.images)
-    yield EncodedChunk(work.chunk, images)
+    yield EncodedChunk(work.chunk, images, retry=work.retry)
 
 
 def _read_image(image: ListedImage, shard: str, max_bytes: int) -> EncodedImage:
@@ -58,7 +58,7 @@ def _read_stream(work: StreamWork) -> Iterator[EncodedChunk]:
         index, position = divmod(num_images, work.chunk_images)
         if position == 0 and num_images > 0:
             if _is_wanted(work, index - 1):
-                yield EncodedChunk(_stream_chunk(work, index - 1), tuple(images))
+                yield EncodedChunk(_stream_chunk(work, index - 1), tuple(images), retry=work.retries.get(index - 1))
             images = []
             if work.max_chunks is not None and index >= work.max_chunks:
                 return
@@ -66,7 +66,8 @@ def _read_stream(work: StreamWork) -> Iterator[EncodedChunk]:
         num_images += 1
     last = max(0, num_images - 1) // work.chunk_images
     if _is_wanted(work, last):
-        yield EncodedChunk(_stream_chunk(work, last), tuple(images), shard_num_images=num_images)
+        chunk = _stream_chunk(work, last)
+        yield EncodedChunk(chunk, tuple(images), shard_num_images=num_images, retry=work.retries.get(last))
 
 
 def _number(work: StreamWork) -> Iterator[EncodedImage]:

@@ -1,5 +1,6 @@
 """The segment stage: encoded images in, the rows of both tables out. Decoded pixels live and die here."""
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,11 +14,13 @@ from segpipe.detections import Frame, Prediction
 from segpipe.errors import ImageRejectedError
 from segpipe.images import decode_image, stable_text
 from segpipe.masks.grids import choose_encoder
-from segpipe.models import Segmenter, is_machine_fault, load_segmenter
+from segpipe.models import Segmenter, is_machine_fault, is_out_of_memory, load_segmenter, release_memory
 from segpipe.records import EncodedChunk, EncodedImage, Fault, ImageFailure, ImageHeader, SegmentedChunk
 from segpipe.rows import failed_image_row, image_row, instances_table
 from segpipe.stages import SegmentSettings
 from segpipe.tables import IMAGES_SCHEMA, INSTANCES_SCHEMA
+
+logger = logging.getLogger(__name__)
 
 Watch = Callable[[str, Sequence[str]], None]
 
@@ -59,12 +62,13 @@ class SegmentChunk:
     def __init__(self, settings: SegmentSettings) -> None:
         self.settings = settings
         self._segmenter: Segmenter[Any, Any] = load_segmenter(settings.request)
-        self._resolved: dict[str, str | int] = {
+        self._usual: dict[str, str | int] = {
             **self._segmenter.resolved,
             "batch_size": self._segmenter.batch_size,
             "threads": settings.threads,
             "mask_encoder": choose_encoder(),
         }
+        self._resolved = self._usual
         self._seconds: dict[str, float] = {}
         self._watch: Watch = lambda *_: None
 
@@ -84,7 +88,7 @@ class SegmentChunk:
         if isinstance(chunk, Fault):
             return chunk
         self._seconds = defaultdict(float, read=chunk.read_seconds)
-        self._watch = watch
+        self._watch, self._resolved = watch, self._usual
         rows: dict[int, Rows] = dict(known or {})
         try:
             for batch in self._batches(chunk, rows):
@@ -146,12 +150,15 @@ class SegmentChunk:
         return _Prepared(position, image, decoded.header, pixels, frame)
 
     def _segment_batch(self, batch: list[_Prepared], shard: str) -> dict[int, Rows]:
-        """Run the model; where a batch fails, its images are tried one by one, so that only the guilty one fails."""
+        """Run the model; where a batch fails, its images are tried one by one, so that only the guilty one fails.
+
+        So also where memory is too small for the batch; an image that it is too small for even alone fails.
+        """
         self._watch("segment", [prepared.image.image_id for prepared in batch])
         try:
             predictions = self._predict(batch)
         except Exception as error:  # noqa: BLE001  # one batch, then one image
-            failure = _blame_image(error)
+            failure = self._out_of_memory(error, len(batch)) if is_out_of_memory(error) else _blame_image(error)
             if len(batch) == 1:
                 return {batch[0].position: failed_rows(batch[0].image, shard, failure, batch[0].header)}
             return {position: row for one in batch for position, row in self._segment_batch([one], shard).items()}
@@ -166,6 +173,12 @@ class SegmentChunk:
         with self._timed("forward"):
             raw = self._segmenter.forward([prepared.pixels for prepared in batch], frames)
             return self._segmenter.decode(raw, frames)
+
+    def _out_of_memory(self, error: Exception, num_images: int) -> ImageFailure:
+        release_memory()
+        self._resolved = {**self._resolved, "out_of_memory": int(self._resolved.get("out_of_memory", 0)) + 1}
+        logger.info("out_of_memory images=%d reason=%s", num_images, stable_text(error))
+        return ImageFailure("segment", "OutOfMemory", stable_text(error))
 
     def _rows_of(self, prepared: _Prepared, prediction: Prediction, shard: str) -> Rows:
         image = prepared.image
