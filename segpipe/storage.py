@@ -215,9 +215,13 @@ def _create_local(place: Location, content: bytes) -> None:
     path = Path(place.uri)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("xb") as file:  # "x" fails with FileExistsError for all callers but one, on any file system
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            path.unlink(missing_ok=True)  # half of it would look like somebody else's
+            raise
 
 
 def _is_fault(error: BaseException) -> bool:

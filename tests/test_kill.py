@@ -30,8 +30,19 @@ def start(source: Path, lake: Path, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "segpipe", "run", "--input", str(source), "--output", str(lake), *options]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=environment,
+        preexec_fn=hear_ctrl_c,  # noqa: PLW1509  # no threads here
     )
+
+
+def hear_ctrl_c() -> None:
+    """Undo what a shell does to commands in the background, to which the tests may belong: they ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def kill(process: subprocess.Popen[str]) -> None:

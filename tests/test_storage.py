@@ -255,3 +255,14 @@ def test_a_write_replaces_the_file_as_a_whole_and_is_synced_with_its_folder(tmp_
     assert synced[1] == str(tmp_path)
     create_bytes(Location(str(tmp_path / "b")), b"1")
     assert synced[2:] == [str(tmp_path / "b")]
+
+
+def test_a_file_that_cannot_be_created_whole_is_not_there(tmp_path, monkeypatch):
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
+    with pytest.raises(StoreError, match="No space left"):
+        create_bytes(Location(str(tmp_path / "lease.json")), b"{}")
+    assert not list(tmp_path.iterdir())
