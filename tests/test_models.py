@@ -334,7 +334,7 @@ def test_mask_rcnn_filters_categories_before_max_instances(crowded, categories, 
 
     from segpipe.models.maskrcnn import MaskRcnnSegmenter
 
-    request = resolve(name="demo", categories=categories, max_instances=2, score_threshold=0.01)
+    request = resolve(name="demo", categories=categories, max_instances=2, score_threshold=0.0)
     segmenter = MaskRcnnSegmenter(crowded, request.selection, device="cpu", dtype=torch.float32, batch_size=1)
     found = predict(segmenter, np.array(Image.open(package_photos / "astronaut.png").convert("RGB")))
     assert set(found.category_ids.tolist()) == kept

@@ -221,3 +221,13 @@ def test_workers_that_die_before_any_image_leave_the_chunk_pending(tmp_path):
 def test_limits_out_of_range_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="resources.max_image_seconds: 0 is not allowed"):
         config(tmp_path, tmp_path / "lake", resources__max_image_seconds=0)
+
+
+@pytest.mark.slow
+def test_chaos_loses_nothing():
+    """The short form of jobs/chaos.py; its long form is in docs/measurements.md."""
+    command = [sys.executable, "jobs/chaos.py", "--schedules", "4", "--seed", "3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert (figures["schedules"], figures["lost"], figures["twice"], figures["invalid"]) == (4, 0, 0, 0)

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from segpipe.errors import OutputError
 from segpipe.finetuning.augmentation import Augment
 from segpipe.finetuning.dataset import LabelledData, TrainingSet, mix, read_data
 from segpipe.finetuning.measuring import measure
-from segpipe.finetuning.network import build_network, checkpoint_place, metadata_of, save_network
+from segpipe.finetuning.network import as_saved, build_network, checkpoint_place, metadata_of, save_network
 from segpipe.finetuning.plots import draw_curves
 from segpipe.finetuning.settings import FinetuneConfig, binding_settings
 from segpipe.finetuning.trainer import Step, Trainer
@@ -100,6 +101,7 @@ def finetune(
     on_progress(FinetuneProgress(_describe(data, start.source, len(start.fresh), device)))
     samples = TrainingSet(data.train, Augment(config.augmentation), seed=config.train.seed)
     trainer = Trainer(start.model, samples, config.train, device=device)
+    initial = {name: tensor.clone() for name, tensor in start.model.state_dict().items()}
     best = folder.resume(trainer)
     first_step, unusable = trainer.step, dict.fromkeys(best.unusable)
     num_steps = config.train.epochs * trainer.steps_per_epoch
@@ -115,13 +117,12 @@ def finetune(
                 folder.save(trainer, best)
                 saved_at = time.perf_counter()
         if (epoch + 1) % config.train.evaluate_epochs == 0 or epoch + 1 == config.train.epochs:
-            on_progress(FinetuneProgress("measuring"))
-            figures = measure(trainer.measured, data.validation, device=device) if data.validation else {}
-            folder.log_figures(trainer.step, epoch + 1, figures)
-            best = folder.keep_best(trainer, best, Best(epoch + 1, figures, tuple(unusable)), data, start.source)
-            on_progress(FinetuneProgress(figures=figures, num_steps=num_steps))
+            best = folder.measure(trainer, best, _Context(data, start.source, initial, tuple(unusable)), on_progress)
             folder.save(trainer, best)
             saved_at = time.perf_counter()
+    if not best.epoch or not Path(checkpoint_place(config.output.uri).uri).exists():
+        best = folder.measure(trainer, Best(), _Context(data, start.source, initial, tuple(unusable)), on_progress)
+        folder.save(trainer, best)
     return FinetuneSummary(
         checkpoint_place(config.output.uri).uri, best.figures, best.epoch, trainer.step, first_step, tuple(unusable),
         time.perf_counter() - started,
@@ -147,6 +148,16 @@ class Best:
         if not other.epoch or not self.figures:
             return True
         return self.figures[BEST_FIGURE] > other.figures.get(BEST_FIGURE, -1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Context:
+    """What a measured network is described with: data, start, and the images that could not be learned from."""
+
+    data: LabelledData
+    source: str
+    initial: Mapping[str, Tensor]
+    unusable: tuple[str, ...]
 
 
 class Folder:
@@ -207,23 +218,33 @@ class Folder:
         )
         (self._path / "curves.png").write_bytes(picture)
 
-    def keep_best(self, trainer: Trainer, best: Best, now: Best, data: LabelledData, source: str) -> Best:
-        """Write `best.safetensors` if this epoch is the best so far; return the best."""
+    def measure(
+        self, trainer: Trainer, best: Best, context: "_Context", on_progress: Callable[[FinetuneProgress], None]
+    ) -> Best:
+        """Measure the network as it would be saved, and save it if it is the one to keep; return the best."""
+        on_progress(FinetuneProgress("measuring"))
+        saved = as_saved(trainer.measured, context.initial, self._config.output)
+        validation = context.data.validation
+        figures = measure(saved, validation, device=trainer.device) if validation else {}
+        epoch = trainer.step // trainer.steps_per_epoch
+        self._append({"step": trainer.step, "epoch": epoch, "figures": figures})
+        on_progress(FinetuneProgress(figures=figures))
+        now = Best(epoch, figures, context.unusable)
         if self._config.output.keep == "best" and not now.is_better_than(best):
             return Best(best.epoch, best.figures, now.unusable)
         trained = {
-            "started_from": source,
+            "started_from": context.source,
             "epoch": now.epoch,
-            "images": len(data.train),
+            "images": len(context.data.train),
             "figures": {name: round(value, 4) for name, value in now.figures.items()},
-            "settings": self._binding,
+            "settings": {**self._binding, "output.start_share": self._config.output.start_share},
             "versions": versions(),
         }
         save_network(
-            trainer.measured,
+            saved,
             checkpoint_place(str(self._path)),
             architecture=self._config.network.name,
-            metadata=metadata_of(data.categories, licence=self._config.network.licence, trained=trained),
+            metadata=metadata_of(context.data.categories, licence=self._config.network.licence, trained=trained),
             dtype=getattr(torch, self._config.output.dtype),
         )
         return now
@@ -232,10 +253,6 @@ class Folder:
         """Append a step."""
         losses = {name: round(value, 6) for name, value in step.losses.items()}
         self._append({"step": step.number, "epoch": step.epoch + 1, "rate": step.learning_rate, "losses": losses})
-
-    def log_figures(self, step: int, epoch: int, figures: Mapping[str, float]) -> None:
-        """Append an epoch."""
-        self._append({"step": step, "epoch": epoch, "figures": dict(figures)})
 
     def read_log(self) -> list[dict[str, Any]]:
         """Return what was logged; a line that a kill cut short is left out."""

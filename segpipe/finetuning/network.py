@@ -1,5 +1,6 @@
 """The network of a fine-tuning: what it starts from, and how it is saved as one file that explains itself."""
 
+import copy
 import json
 import logging
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from torchvision.models.detection import MaskRCNN
 
 from segpipe.config import ModelConfig
 from segpipe.errors import ConfigError, WeightsError
-from segpipe.finetuning.settings import NetworkConfig
+from segpipe.finetuning.settings import FinetuneOutputConfig, NetworkConfig
 from segpipe.models.checkpoints import has_batch_norm
 from segpipe.models.networks import BUILDERS, apply_preprocessing, preprocessing_of
 from segpipe.models.weights import read_state, resolve_model
@@ -77,6 +78,30 @@ def build_network(config: NetworkConfig, categories: Mapping[int, str]) -> Start
     _resize(model, config)
     _freeze(model, config)
     return Start(model, source, tuple(name for name in own if name not in fitting))
+
+
+def as_saved(model: MaskRCNN, start: Mapping[str, Tensor], config: FinetuneOutputConfig) -> MaskRCNN:
+    """Return the network that is measured and saved: a copy with its share of the start, and its own resize rule.
+
+    Args:
+        model: as trained.
+        start: its tensors before the first step.
+        config: the `output` section.
+    """
+    saved = copy.deepcopy(model)
+    if config.start_share:
+        mixed = {
+            name: torch.lerp(tensor, start[name].to(tensor), config.start_share)
+            if tensor.is_floating_point()
+            else tensor
+            for name, tensor in saved.state_dict().items()
+        }
+        saved.load_state_dict(mixed)
+    if config.min_size != "auto":
+        saved.transform.min_size = (config.min_size,)
+    if config.max_size != "auto":
+        saved.transform.max_size = config.max_size
+    return saved
 
 
 def save_network(

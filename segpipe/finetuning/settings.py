@@ -10,7 +10,7 @@ from segpipe.errors import ConfigError
 from segpipe.sections import Auto, Section, describe_sections, load_sections, setting
 
 # What marks a run's checkpoint as incompatible with another start: everything but where, how long and how watched.
-_FREE_KEYS = frozenset({"output.uri", "train.epochs", "train.num_workers", "train.device", "train.threads"})
+_FREE_KEYS = frozenset({"network.licence", "train.epochs", "train.num_workers", "train.device", "train.threads"})
 
 
 class DatasetConfig(Section):
@@ -125,6 +125,19 @@ class FinetuneOutputConfig(Section):
     keep: Literal["best", "last"] = setting(
         "best", "network to keep: best (by segm AP on the validation data) or last (validation data only measures)"
     )
+    start_share: float = setting(
+        0.0,
+        "share of the weights that it started from in the network that is measured and saved: some of it keeps what "
+        "a small dataset would make it forget (WiSE-FT, Wortsman et al. 2022); 0 to 1",
+        ge=0,
+        le=1,
+    )
+    min_size: Auto | Annotated[int, Field(ge=32, le=4096)] = setting(
+        "auto", "px; short side in the network that is measured and saved; 32 to 4096; auto is network.min_size"
+    )
+    max_size: Auto | Annotated[int, Field(ge=32, le=8192)] = setting(
+        "auto", "px; longest side in it; 32 to 8192; auto is network.max_size"
+    )
     dtype: Literal["float32", "float16"] = setting(
         "float32", "of the numbers in best.safetensors; float16 is half the size"
     )
@@ -166,7 +179,7 @@ def binding_settings(config: FinetuneConfig) -> dict[str, object]:
         for section, values in config.model_dump(mode="json").items()
         for key, value in values.items()
     }
-    return {key: value for key, value in flat.items() if key not in _FREE_KEYS}
+    return {key: value for key, value in flat.items() if key not in _FREE_KEYS and not key.startswith("output.")}
 
 
 def finetune_reference_yaml() -> str:

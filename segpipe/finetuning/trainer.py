@@ -62,7 +62,7 @@ class Trainer:
     def __init__(self, model: MaskRCNN, data: TrainingSet, config: TrainConfig, *, device: str) -> None:
         self._config = config
         self._data = data
-        self._device = device
+        self.device = device
         self.model = model.to(device)
         self.average = _averaged(self.model, config.average_decay)
         self.steps_per_epoch = -(-len(data) // config.batch_size)
@@ -92,7 +92,7 @@ class Trainer:
             batch_sampler=batches,
             num_workers=self._config.num_workers,
             collate_fn=keep_list,
-            pin_memory=self._device == "cuda",
+            pin_memory=self.device == "cuda",
         )
         for samples in loader:
             yield self._take(epoch, samples)
@@ -131,12 +131,12 @@ class Trainer:
         return Step(self.step, epoch, losses, rate, problems)
 
     def _learn(self, samples: Sequence[Sample]) -> dict[str, float]:
-        images = [sample.image.to(self._device, non_blocking=True) for sample in samples]
+        images = [sample.image.to(self.device, non_blocking=True) for sample in samples]
         targets = [
-            {key: value.to(self._device, non_blocking=True) for key, value in sample.target.items()}
+            {key: value.to(self.device, non_blocking=True) for key, value in sample.target.items()}
             for sample in samples
         ]
-        with torch.autocast(self._device, dtype=self._dtype, enabled=self._dtype != torch.float32):
+        with torch.autocast(self.device, dtype=self._dtype, enabled=self._dtype != torch.float32):
             parts: dict[str, Tensor] = self.model(images, targets)
             total = torch.stack([part.float() for part in parts.values()]).sum()
         found = {LOSSES[name]: float(part.detach()) for name, part in parts.items()}
