@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from segpipe.coco.exporting import export_coco
     from segpipe.coco.importing import import_coco
     from segpipe.config import Config, load_config
+    from segpipe.doctor import examine
     from segpipe.errors import RequestError, SegpipeError, StoreError
     from segpipe.evaluation import EvaluationOptions, evaluate
     from segpipe.finetuning.job import finetune
@@ -33,6 +34,7 @@ _HOME = {
     "StoreError": "errors",
     "demo": "quicklook",
     "evaluate": "evaluation",
+    "examine": "doctor",
     "export_coco": "coco.exporting",
     "finetune": "finetuning.job",
     "import_coco": "coco.importing",
@@ -57,6 +59,7 @@ __all__ = [
     "StoreError",
     "demo",
     "evaluate",
+    "examine",
     "export_coco",
     "finetune",
     "import_coco",

@@ -18,7 +18,7 @@ FLOORS = [
     {"shards", "models", "tables", "layout", "rows", "lease", "overlay"},
     {"stages", "runs", "attempts", "keylists", "retries", "request", "planning", "lake", "validation", "progress"},
     {"engines", "pipeline"},
-    {"overview", "quicklook", "coco"},
+    {"overview", "quicklook", "coco", "doctor"},
     {"evaluation", "finetuning"},
     {"console", "cli", "__init__", "__main__"},
 ]

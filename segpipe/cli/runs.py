@@ -196,6 +196,29 @@ def demo(
 
 
 @app.command()
+def doctor(
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Also write, read and remove a file there.")
+    ] = None,
+    ray_address: RayAddress = None,
+) -> None:
+    """Say whether this machine can do the job: versions, devices, memory, disks, credentials, Ray; each with the fix.
+
+    \b
+    segpipe doctor
+    segpipe doctor --output s3://bucket/lake --ray-address 10.0.0.1:6379
+    """
+    from segpipe.console.progress import quiet_native_output
+    from segpipe.console.runs import print_findings
+    from segpipe.doctor import examine
+
+    with quiet_native_output():
+        findings = examine(output, ray_address=ray_address)
+    print_findings(findings)
+    raise typer.Exit(0 if all(finding.is_good for finding in findings) else 1)
+
+
+@app.command()
 def models() -> None:
     """List the models and their weights.
 

@@ -11,6 +11,7 @@ from segpipe.console.progress import duration
 from segpipe.progress import RunSummary
 
 if TYPE_CHECKING:
+    from segpipe.doctor import Finding
     from segpipe.overview import ModelSummary, PlanSummary, RunStatus
     from segpipe.quicklook import DemoResult, ImagePrediction
     from segpipe.validation import RunValidation
@@ -108,6 +109,14 @@ def print_repairs(repairs: Sequence["Repair"]) -> None:
         print_out(
             escape(f"{one.run_id}: {one.num_swept:,} strays removed, {len(one.requeued):,} chunks to be made anew")
         )
+
+
+def print_findings(findings: Sequence["Finding"]) -> None:
+    """Print what the doctor found."""
+    for finding in findings:
+        print_out(escape(f"{'good' if finding.is_good else 'BAD '}  {finding.name:<14} {finding.text}"))
+        if finding.fix:
+            print_out(escape(f"{'':<21}{finding.fix}"))
 
 
 def print_prediction(prediction: "ImagePrediction") -> None:

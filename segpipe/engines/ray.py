@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import signal
+import socket
 import threading
 import traceback
 import warnings
@@ -42,6 +43,7 @@ _OBJECT_STORE_BYTES = 1 << 30
 # An actor leaves half a CPU of its share to the read tasks that feed it.
 _CPUS_LEFT_TO_READING = 0.5
 _READ_CPUS = 0.25
+_REACH_S = 10.0
 _NO_PROGRESS_S = 6 * 3600
 _COLUMN = "item"
 
@@ -89,6 +91,38 @@ def _own_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
+def describe_cluster(address: str) -> str:
+    """Join a cluster, say what it has, and leave it.
+
+    Raises:
+        ConnectionError: if it cannot be joined.
+    """
+    import ray
+
+    if ray.is_initialized():
+        raise ConnectionError("this process is in a Ray cluster already")
+    try:
+        _reach(address)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        capacity: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # ray's
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConnectionError(" ".join(str(error).split())[:200]) from None
+    finally:
+        ray.shutdown()
+    return f"{capacity.get('CPU', 0):g} CPUs, {capacity.get('GPU', 0):g} GPUs, Ray {ray.__version__}"
+
+
+def _reach(address: str) -> None:
+    """Open and close a connection: Ray itself asks an address where nobody answers for minutes.
+
+    Raises:
+        OSError: if nobody answers.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
+
+
 def _connect(address: str, on_phase: OnPhase) -> bool:
     """Use the Ray that this process already has, join one, or start one here; tell whether to stop it."""
     import ray
@@ -100,8 +134,9 @@ def _connect(address: str, on_phase: OnPhase) -> bool:
     if wanted != "local":
         on_phase(f"joining Ray at {wanted}")
         try:
+            _reach(wanted)
             ray.init(address=wanted, **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"resources.ray_address: no Ray cluster at {wanted} ({reason})") from None
         return True

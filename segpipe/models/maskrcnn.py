@@ -159,6 +159,16 @@ def load(request: ModelRequest) -> MaskRcnnSegmenter:
     return MaskRcnnSegmenter(model, request.selection, device=device, dtype=dtype, batch_size=batch_size)
 
 
+def describe_devices() -> tuple[str, bool]:
+    """Return the devices of this machine in words, and whether one is faster than a CPU."""
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        return ", ".join(f"{one.name} with {one.total_memory / 1e9:.0f} GB" for one in names), True
+    if torch.backends.mps.is_available():
+        return "mps", True
+    return "no GPU", False
+
+
 def choose_device(asked: str) -> str:
     """Return the device that `auto` means here: cuda, then mps, then cpu.
 
