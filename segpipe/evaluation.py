@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,7 @@ class _Found:
     num_capped: int = 0
     num_foreign: int = 0
     has_masks: bool = True
+    num_boxes_alone: int = 0
 
 
 def evaluate(
@@ -123,9 +124,14 @@ def evaluate(
     image_ids = sorted(found.image_ids) if options.matched_only else sorted(truth.images)
     dataset = truth.as_dataset()
     kinds: list[IouType] = ["segm", "bbox"] if found.has_masks else ["bbox"]
+    masked = [result for result in found.results if "segmentation" in result]
     figures: dict[str, Figures] = {
         kind: compute_figures(
-            dataset, found.results, iou_type=kind, max_dets=_max_dets(options.max_dets), image_ids=image_ids
+            dataset,
+            masked if kind == "segm" else found.results,
+            iou_type=kind,
+            max_dets=_max_dets(options.max_dets),
+            image_ids=image_ids,
         )
         for kind in kinds
     }
@@ -146,7 +152,7 @@ def evaluate(
     )
     if folder is None:
         return evaluation
-    return _written(evaluation, Path(folder), figures, looked_at, found)
+    return _written(evaluation, Path(folder), figures, looked_at, found, options)
 
 
 def _in_run_terms(given: Annotations, names: Mapping[int, str], by: GroupBy) -> Annotations:
@@ -167,7 +173,8 @@ def _collect(view: CocoView) -> _Found:
                 found.num_failed += row["status"] == "failed"
                 found.num_capped += row["instances_capped"]
         found.results += view.results(ids, instances)
-    found.has_masks = all("segmentation" in result for result in found.results)
+    found.num_boxes_alone = sum("segmentation" not in result for result in found.results)
+    found.has_masks = found.num_boxes_alone < max(1, len(found.results))
     return found
 
 
@@ -212,6 +219,8 @@ def _match_warnings(
             f"{missing:,} of the {len(given.images):,} annotated images are not in the run and count as empty; "
             f"run them too, or give --matched-only"
         )
+    if found.has_masks and found.num_boxes_alone:
+        warnings.append(f"{found.num_boxes_alone:,} instances of the run have no mask and count for boxes alone")
     if found.num_foreign:
         warnings.append(f"{found.num_foreign:,} images of the run are not annotated and are left out")
     if found.num_failed:
@@ -258,14 +267,17 @@ def _by_category(truth: Annotations, figures: Mapping[str, Figures]) -> tuple[Ca
 
 
 def _written(
-    evaluation: Evaluation, folder: Path, figures: Mapping[str, Figures], truth: Annotations, found: _Found
-) -> Evaluation:
+    evaluation: Evaluation, folder: Path, figures: Mapping[str, Figures], truth: Annotations, found: _Found,
+    options: EvaluationOptions,
+) -> Evaluation:  # fmt: skip
     names = [str(truth.categories[index]["name"]) for index in sorted(truth.categories)]
     worst = {one.category for one in evaluation.categories[:_WORST_CATEGORIES]}
-    counts = count_confusions(truth, found.results, score_threshold=_CONFUSION_SCORE, masks=found.has_masks)
+    shown = [one for one in found.results if "segmentation" in one] if found.has_masks else found.results
+    counts = count_confusions(truth, shown, score_threshold=_CONFUSION_SCORE, masks=found.has_masks)
     content = {
         "run": evaluation.run_id,
         "annotations": truth.uri,
+        "options": asdict(options),
         "images": evaluation.num_images,
         "images_found": evaluation.num_found,
         "figures": evaluation.figures,

@@ -67,7 +67,7 @@ BROKEN = {
     "run-length codes of another size than their image skipped": annotation(
         9, segmentation={"size": [30, 20], "counts": [600]}
     ),
-    "annotations without a box skipped": annotation(9, bbox=[1, 2, 3]),
+    "annotations without a box skipped": annotation(9, bbox=[1, 2, 3, float("nan")]),
     "annotations without an id skipped": annotation(9, id=...),
 }
 
@@ -105,6 +105,10 @@ def test_boxes_are_clipped_for_training_and_left_alone_for_measuring(tmp_path):
         ({**dataset([]), "images": [{"id": 1, "file_name": "a"}]}, "has no 'height'"),
         ({**dataset([]), "images": dataset([])["images"] * 2}, "image id 1 occurs twice"),
         ({**dataset([]), "categories": [{"id": "x", "name": "y"}]}, "category id 'x' is no whole number"),
+        (
+            {**dataset([]), "images": [{"id": 1, "file_name": "a", "height": None, "width": 3}]},
+            "image 1 has height None",
+        ),
     ],
 )
 def test_a_file_of_another_kind_is_refused_in_one_line(tmp_path, content, message):
@@ -261,6 +265,8 @@ def test_a_broken_result_is_counted_and_left_out(tmp_path, truth, bad, problem):
         ("nonsense", {}, "is no JSON"),
         ([1], {}, "holds no COCO results"),
         ([result(image_id=900)], {}, "none of its 1 images is in"),
+        ([result(image_id=[1])], {}, "has no whole numbers as image_id and category_id"),
+        ([result(category_id=...)], {}, "has no whole numbers as image_id and category_id"),
         ([result(category_id=0)], {}, "give --contiguous if they count the categories from 0"),
         ([result(category_id=55)], {}, "has categories that .* has not \\(55; known are 1 to 18, 3 of them\\)"),
         ([result(category_id=3)], {"contiguous": True}, "has categories that"),

@@ -17,6 +17,7 @@ from segpipe.coco.exporting import export_coco
 from segpipe.coco.figures import FIGURE_NAMES, compute_figures
 from segpipe.coco.importing import import_coco
 from segpipe.coco.masks import to_rle
+from segpipe.errors import InputError
 from segpipe.evaluation import EvaluationOptions, evaluate
 from segpipe.pipeline import run
 from segpipe.storage import locate
@@ -129,7 +130,7 @@ def test_images_that_the_run_has_not_count_as_empty_or_are_left_out(blank_lake):
 @pytest.mark.parametrize(
     ("settings", "warning"),
     [
-        ({"model__score_threshold": 0.3}, "the run kept only scores above 0.3, which lowers AP"),
+        ({"model__score_threshold": 0.06}, "the run kept only scores above 0.06, which lowers AP"),
         (
             {"model__max_instances": 2},
             r"kept 2 instances an image and cut \d of these images, AP looks at 100;.*--max-dets 2",
@@ -251,3 +252,40 @@ def test_areas_of_masks_decide_about_sizes_and_not_boxes(tmp_path):
         write(tmp_path / "t.json", tree), [{key: one[key] for key in one if key != "bbox"} for one in found], "segm"
     )["APs"])  # fmt: skip
     assert figures["APs"] < 1  # the thin one is small too, and wrong
+
+
+def test_ids_from_zero_change_no_figure(blank_lake):
+    def renumber(tree):
+        for number, one in enumerate(tree["annotations"]):
+            one["id"] = number
+
+    found = evaluate(str(blank_lake / "lake"), annotations=changed_truth(blank_lake, renumber))
+    assert found.figures["segm"]["AP"] == pytest.approx(1)
+
+
+def test_two_categories_of_one_name_are_refused(blank_lake):
+    def rename(tree):
+        tree["categories"].append({"id": 77, "name": "red"})
+
+    with pytest.raises(InputError, match="has more than one category called red; give each its own name"):
+        evaluate(str(blank_lake / "lake"), annotations=changed_truth(blank_lake, rename))
+
+
+def test_crowds_are_no_instances_of_their_category(blank_lake):
+    def crowd(tree):
+        tree["annotations"][0]["iscrowd"] = 1
+
+    before = evaluate(str(blank_lake / "lake"), annotations=str(blank_lake / "full.json"))
+    after = evaluate(str(blank_lake / "lake"), annotations=changed_truth(blank_lake, crowd))
+    assert sum(one.num_instances for one in before.categories) - 1 == sum(one.num_instances for one in after.categories)
+
+
+def test_one_result_without_a_mask_leaves_the_mask_figures(tmp_path):
+    truth = write(tmp_path / "truth.json", dataset([annotation(1), annotation(2, 2, 17)]))
+    results = [result(), result(2, 17), result(2, 18, score=0.1, segmentation=..., bbox=[1, 2, 3, 4])]
+    file = write(tmp_path / "results.json", results)
+    import_coco(file, annotations=truth, output=str(tmp_path / "lake"), run_id="mixed")
+    found = evaluate(str(tmp_path / "lake"), annotations=truth, folder=tmp_path / "out")
+    assert found.figures["segm"]["AP"] == pytest.approx(1)
+    assert "1 instances of the run have no mask and count for boxes alone" in found.warnings
+    assert json.loads((tmp_path / "out" / "figures.json").read_text())["options"]["max_dets"] == 100

@@ -297,8 +297,6 @@ def test_an_image_that_cannot_be_read_is_named_and_the_rest_is_learned(tmp_path)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data__categories": ["zebra"]}, "has no category called zebra; it has red, green"),
-        ({"data__group_by": "supercategory", "data__categories": ["red"]}, "They are names of its categories"),
         ({"data__train": [{"annotations": "{file}", "images": "{folder}"}]}, "4 of its 4 images are not in"),
         ({"data__train": [{"annotations": "{file}", "only": "{file}#none"}]}, "is no list of file names"),
         ({"data__train": [{"annotations": "{file}", "only": "{folder}/no.json"}]}, "there is no file at"),
@@ -393,3 +391,141 @@ def test_a_loss_that_is_no_number_stops_with_the_fix(four_images, tmp_path):
 def test_mixed_precision_learns_too(four_images, tmp_path):
     finetune(settings_of(four_images, tmp_path / "out", train__precision="bfloat16", train__epochs=2))
     assert np.isfinite(losses_of(tmp_path / "out")).all()
+
+
+# ---------------------------------------------------------------- what is saved
+def tensors_of(output):
+    from safetensors.torch import load_file
+
+    return load_file(Path(output) / "best.safetensors")
+
+
+def test_a_share_of_the_start_is_mixed_into_what_is_saved(four_images, tmp_path):
+    changes = {"network__weights": BUNDLED, "train__epochs": 1, "train__learning_rate": 0.01, "train__warmup_steps": 0}
+    for name, share in (("none", 0.0), ("quarter", 0.25), ("all", 1.0)):
+        finetune(settings_of(four_images, tmp_path / name, output__start_share=share, **changes))
+    none, quarter, start = (tensors_of(tmp_path / name) for name in ("none", "quarter", "all"))
+    key = "backbone.fpn.inner_blocks.0.0.weight"
+    assert not torch.equal(none[key], start[key])
+    torch.testing.assert_close(quarter[key], 0.75 * none[key] + 0.25 * start[key])
+    from safetensors.torch import load_file
+
+    torch.testing.assert_close(start[key], load_file(BUNDLED)[key].float())
+
+
+def test_the_average_is_saved_and_not_the_last_step(four_images, tmp_path):
+    changes = {"train__epochs": 2, "train__learning_rate": 0.01, "train__warmup_steps": 0}
+    finetune(settings_of(four_images, tmp_path / "last", **changes))
+    finetune(settings_of(four_images, tmp_path / "average", train__average_decay=0.9, **changes))
+    state = torch.load(tmp_path / "average" / "last.pt", weights_only=True)["trainer"]
+    key = "roi_heads.box_predictor.cls_score.weight"
+    saved = tensors_of(tmp_path / "average")[key]
+    assert torch.equal(saved, state["average"][f"module.{key}"])
+    assert not torch.equal(saved, state["model"][key])
+    assert torch.equal(tensors_of(tmp_path / "last")[key], state["model"][key])  # the same steps
+
+
+def test_the_saved_network_resizes_as_its_output_says_and_is_rounded_before_it_is_measured(four_images, tmp_path):
+    config = settings_of(
+        four_images,
+        tmp_path / "out",
+        train__epochs=1,
+        output__min_size=64,
+        output__max_size=90,
+        output__dtype="float16",
+    )
+    finetune(config)
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "out" / "best.safetensors", framework="numpy") as file:
+        rule = json.loads(file.metadata()["preprocessing"])
+    assert (rule["min_size"], rule["max_size"]) == (64, 90)
+    assert tensors_of(tmp_path / "out")["backbone.fpn.inner_blocks.0.0.weight"].dtype == torch.float16
+    with pytest.raises(OutputError, match="with other settings .output.dtype: 'float16' there, 'float32' now."):
+        finetune(settings_of(four_images, tmp_path / "out", train__epochs=1, output__min_size=64, output__max_size=90))
+
+
+@pytest.mark.parametrize(("keep", "epoch"), [("best", 1), ("last", 3)])
+def test_the_best_or_the_last_is_kept(four_images, tmp_path, monkeypatch, keep, epoch):
+    falling = iter([0.9, 0.5, 0.3])
+    monkeypatch.setattr(
+        "segpipe.finetuning.job.measure",
+        lambda *_, **__: dict.fromkeys(("segm AP", "segm AP50", "bbox AP"), next(falling)),
+    )
+    config = settings_of(
+        four_images, tmp_path / "out", data__validation=[{"annotations": four_images}], output__keep=keep
+    )
+    assert finetune(config).best_epoch == epoch
+
+
+def test_the_seed_decides_and_gradients_are_clipped(four_images, tmp_path):
+    for name, changes in {
+        "a": {}, "b": {}, "other seed": {"train__seed": 1}, "clipped": {"train__clip_norm": 1e-6},
+    }.items():  # fmt: skip
+        finetune(settings_of(
+            four_images, tmp_path / name, train__epochs=1, train__warmup_steps=0, train__optimizer="sgd", **changes
+        ))  # fmt: skip
+    losses = {name: losses_of(tmp_path / name) for name in ("a", "b", "other seed", "clipped")}
+    assert losses["a"] == losses["b"] != losses["other seed"]
+    start = build_network(NetworkConfig(name=SMALL, weights="NONE"), {1: "a", 2: "b"}).model.state_dict()
+    key = "roi_heads.box_head.fc6.weight"
+    moved = {name: tensors_of(tmp_path / name)[key] for name in ("a", "clipped")}
+    assert start[key].shape == moved["a"].shape
+    assert losses["clipped"][0] == losses["a"][0]
+    assert not torch.equal(moved["a"], moved["clipped"])
+
+
+def test_photometric_changes_touch_colours_and_nothing_else():
+    torch.manual_seed(0)
+    image, target = Augment(AugmentationConfig(flip=0.0, photometric=1.0))(*sample_target())
+    plain, same = Augment(AugmentationConfig(flip=0.0))(*sample_target())
+    assert not torch.equal(image, plain)
+    assert torch.equal(target["boxes"], same["boxes"])
+
+
+def test_several_validation_sets_are_measured_as_one(trained, four_images, tmp_path):
+    from segpipe.finetuning.measuring import measure
+    from segpipe.models.maskrcnn import load as load_segmenter
+
+    other = write_dataset(tmp_path / "other", range(10, 13))
+    both = [{"annotations": four_images}, {"annotations": other}]
+    data = read_data(settings_of(four_images, "out", data__validation=both).data)
+    settings = {"input.uri": "x", "output.uri": "y", "model.weights": trained[1].checkpoint}
+    model = load_segmenter(resolve_model(load_config(settings=settings).model))._model
+    alone = [measure(model, [one], device="cpu")["segm AP50"] for one in data.validation]
+    together = measure(model, data.validation, device="cpu")["segm AP50"]
+    assert min(alone) - 0.05 <= together <= max(alone) + 0.05
+
+
+def test_labels_follow_the_order_that_was_asked_for_and_unknown_names_are_refused(four_images):
+    data = read_data(settings_of(four_images, "out", data__categories=["green", "red"]).data)
+    assert data.categories == {1: "green", 2: "red"}
+    for names, message in ((["red", "zebra"], "no dataset has zebra"), (["red", "red"], "red stands twice")):
+        with pytest.raises(ConfigError, match=f"data.categories: {message}; known are green, red"):
+            read_data(settings_of(four_images, "out", data__categories=names).data)
+
+
+def test_changed_data_is_not_gone_on_with(tmp_path):
+    file = write_dataset(tmp_path / "data", range(4))
+    finetune(settings_of(file, tmp_path / "out", train__epochs=1))
+    tree = json.loads(Path(file).read_text())
+    write(Path(file), {**tree, "categories": tree["categories"][::-1]})
+    with pytest.raises(OutputError, match="with other settings .labels: "):
+        finetune(settings_of(file, tmp_path / "out", train__epochs=2))
+    write(Path(file), {**tree, "annotations": tree["annotations"][:-1]})
+    with pytest.raises(OutputError, match="with other settings .training data: "):
+        finetune(settings_of(file, tmp_path / "out", train__epochs=2))
+
+
+def test_nothing_usable_is_no_success(tmp_path):
+    file = write_dataset(tmp_path / "data", range(3), broken=[1, 2, 3])
+    with pytest.raises(
+        InputError, match="data.train: not one image can be used; the first: .*png: the bytes are in no"
+    ):
+        finetune(settings_of(file, tmp_path / "out"))
+    tree = json.loads(Path(file).read_text())
+    for image in tree["images"]:
+        image["file_name"] = f"elsewhere/{image['file_name']}"
+    write(Path(file), tree)
+    with pytest.raises(InputError, match="3 of its 3 images are not in"):
+        read_data(settings_of(file, "out").data)

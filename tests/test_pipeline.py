@@ -420,7 +420,7 @@ def test_a_bug_escapes_and_the_run_is_left_unfinished(tmp_path, monkeypatch):
     def bug(*args, **kwargs):
         raise KeyError("bug")
 
-    monkeypatch.setattr("segpipe.engines.inline.commit_chunk", bug)
+    monkeypatch.setattr("segpipe.stages.guard.commit_chunk", bug)
     with pytest.raises(KeyError, match="bug"):
         run(config(tmp_path / "in", tmp_path / "lake"))
     assert status(str(tmp_path / "lake"))[0].state == "unfinished"

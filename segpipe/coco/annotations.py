@@ -20,6 +20,8 @@ Problems = Mapping[str, Sequence[str]]
 _LISTS = ("images", "annotations", "categories")
 # A polygon needs three corners.
 _MIN_POLYGON_NUMBERS = 6
+# px; no image is larger
+_FAR = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +143,14 @@ def polygon_problem(segmentation: object) -> str | None:
     for polygon in segmentation:
         if not isinstance(polygon, list) or len(polygon) < _MIN_POLYGON_NUMBERS or len(polygon) % 2:
             return "broken polygons skipped"
-        if not all(isinstance(number, (int, float)) and abs(number) < 1e9 for number in polygon):
+        if not all(isinstance(number, (int, float)) and abs(number) < _FAR for number in polygon):
             return "broken polygons skipped"
     return None
 
 
 def rle_problem(segmentation: Mapping[str, Any], *, height: int, width: int) -> str | None:
     """Say what is wrong with one run-length code in COCO's JSON form; None if nothing is."""
-    if list(segmentation.get("size", ())) != [height, width]:
+    if segmentation.get("size") not in ([height, width], (height, width)):
         return "run-length codes of another size than their image skipped"
     counts = segmentation.get("counts")
     if isinstance(counts, list):
@@ -198,11 +200,28 @@ def _index(entries: Sequence[Any], keys: Sequence[str], *, what: str, uri: str) 
         missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
         if missing:
             raise InputError(f"{uri}: the {what} {str(entry)[:60]} has no {missing[0]!r}")
-        if not isinstance(entry["id"], int) or entry["id"] in found:
+        if not _is_whole(entry["id"]) or entry["id"] in found:
             problem = "occurs twice" if entry["id"] in found else "is no whole number"
             raise InputError(f"{uri}: {what} id {entry['id']!r} {problem}; ids must be unique whole numbers")
+        for side in ("height", "width"):
+            if side in keys and (not _is_whole(entry[side]) or entry[side] < 1):
+                raise InputError(
+                    f"{uri}: {what} {entry['id']} has {side} {entry[side]!r}; it must be a number of pixels"
+                )
         found[entry["id"]] = entry
     return found
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_box(box: object) -> bool:
+    """Tell whether a value is four finite numbers, the last two not negative."""
+    if not isinstance(box, list) or len(box) != 4:
+        return False
+    numbers = [side for side in box if isinstance(side, (int, float)) and abs(side) < _FAR]
+    return len(numbers) == 4 and min(numbers[2:]) >= 0
 
 
 def _check(
@@ -214,27 +233,29 @@ def _check(
     clip: bool,
 ) -> dict[str, Any] | None:
     """Return a usable annotation, or None after noting why there is none."""
-    if not isinstance(annotation, dict) or not isinstance(annotation.get("id"), int):
+    if not isinstance(annotation, dict) or not _is_whole(annotation.get("id")):
         problems["annotations without an id skipped"].append(str(annotation)[:40])
         return None
     name = f"annotation {annotation['id']}"
-    image = images.get(annotation.get("image_id", -1))
+    image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
+    image = images.get(image_id) if isinstance(image_id, int) else None
     if image is None:
         problems["annotations of images that are not listed skipped"].append(name)
         return None
-    if annotation.get("category_id") not in categories:
+    if not _is_whole(category_id) or category_id not in categories:
         problems["annotations of unknown categories skipped"].append(name)
         return None
     problem = _segmentation_problem(annotation.get("segmentation"), image)
     if problem is not None:
         problems[problem].append(name)
         return None
-    box = annotation.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, (int, float)) for side in box):
+    box = annotation.get("bbox") or []
+    if not _is_box(box):
         problems["annotations without a box skipped"].append(name)
         return None
-    checked = {"iscrowd": 0, **annotation}
-    checked.setdefault("area", float(box[2] * box[3]))
+    checked = {**annotation, "iscrowd": int(bool(annotation.get("iscrowd")))}
+    if not isinstance(checked.get("area"), (int, float)) or not 0 <= checked["area"] < _FAR**2:
+        checked["area"] = float(box[2] * box[3])
     return _clipped(checked, image, lambda what: problems[what].append(name)) if clip else checked
 
 

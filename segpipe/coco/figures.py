@@ -57,7 +57,9 @@ def compute_figures(
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports every step
         truth = COCO()
         # Entries are copied: pycocotools writes into them.
-        truth.dataset = {"info": {}, **dataset, "annotations": [dict(one) for one in dataset["annotations"]]}
+        # Their ids count from 1: to pycocotools a match with id 0 is none.
+        numbered = [{**one, "id": number} for number, one in enumerate(dataset["annotations"], start=1)]
+        truth.dataset = {"info": {}, **dataset, "annotations": numbered}
         truth.createIndex()
         other = "bbox" if iou_type == "segm" else "segmentation"
         found = [{key: value for key, value in result.items() if key != other} for result in results]

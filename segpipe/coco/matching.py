@@ -76,6 +76,10 @@ def match_categories(
         known = set(category_names(annotations, by=by))
         found = {index: index for index, name in categories.items() if name in known}
     else:
+        counts = Counter(str(category["name"]) for category in annotations.categories.values())
+        twice = sorted(name for name, count in counts.items() if count > 1)
+        if twice:
+            raise InputError(f"{annotations.uri}: has more than one category called {twice[0]}; give each its own name")
         ids = {str(category["name"]): index for index, category in annotations.categories.items()}
         found = {index: ids[name] for index, name in categories.items() if name in ids}
     if not found:

@@ -77,6 +77,9 @@ def _check_belonging(
     Raises:
         InputError: if no image is the dataset's, or a category is not.
     """
+    wrong = next((entry for entry in entries if not _has_ids(entry)), None)
+    if wrong is not None:
+        raise InputError(f"{place.uri}: the result {str(wrong)[:80]} has no whole numbers as image_id and category_id")
     images = {entry.get("image_id") for entry in entries}
     if images and not images & truth.images.keys():
         raise InputError(
@@ -93,6 +96,10 @@ def _check_belonging(
             f"{place.uri}: has categories that {truth.uri} has not ({', '.join(unknown[:8])}; known are "
             f"{min(to_id, default=0)} to {max(to_id, default=0)}, {len(to_id)} of them); {fix}"
         )
+
+
+def _has_ids(entry: Mapping[str, Any]) -> bool:
+    return all(type(entry.get(name)) is int for name in ("image_id", "category_id"))
 
 
 def _problem(entry: Mapping[str, Any], image: Mapping[str, Any]) -> str | None:

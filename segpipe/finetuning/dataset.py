@@ -4,6 +4,7 @@ Every random choice is a function of the seed, the epoch and the sample, so that
 would have seen, whatever the number of loading processes.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,10 +26,11 @@ from segpipe.coco.annotations import (
     regroup,
 )
 from segpipe.coco.masks import decode_segmentation
-from segpipe.errors import ImageRejectedError, InputError
+from segpipe.errors import ConfigError, ImageRejectedError, InputError
 from segpipe.finetuning.augmentation import Augment
 from segpipe.finetuning.settings import DataConfig, DatasetConfig
 from segpipe.images import decode_image
+from segpipe.listing import list_files
 from segpipe.records import Location
 from segpipe.storage import list_names, locate, read_bytes
 
@@ -71,6 +73,12 @@ class LabelledData:
     train: tuple[LabelledImage, ...]
     validation: tuple[tuple[Annotations, Location], ...]
     problems: tuple[str, ...]
+
+    def identity(self) -> dict[str, object]:
+        """Return what must be the same when a job is resumed: labels, and every image with what is in it."""
+        content = [(one.location.uri, one.height, one.width, one.annotations) for one in self.train]
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+        return {"labels": {str(label): name for label, name in self.categories.items()}, "training data": digest[:16]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +167,11 @@ def read_data(config: DataConfig) -> LabelledData:
     names = config.categories or category_names(train[0][0], by=config.group_by)
     if not names:
         raise InputError(f"{train[0][0].uri}: its categories have no {config.group_by}; set data.group_by to category")
+    known = {name for annotations, _ in train for name in category_names(annotations, by=config.group_by)}
+    unknown, twice = sorted(set(names) - known), sorted({name for name in names if names.count(name) > 1})
+    if unknown or twice:
+        problem = f"no dataset has {', '.join(unknown)}" if unknown else f"{', '.join(twice)} stands twice"
+        raise ConfigError(f"data.categories: {problem}; known are {', '.join(sorted(known)[:10])}")
     labels = {name: index for index, name in enumerate(names, start=1)}
     images = [
         image
@@ -190,9 +203,9 @@ def _read_dataset(config: DatasetConfig, *, clip: bool) -> tuple[Annotations, Lo
         annotations = _reduced(annotations, _read_names(config.only), config.only)
     beside = place.parent / "images"
     folder = locate(config.images) if config.images != "auto" else beside if list_names(beside) else place.parent
-    there = set(list_names(folder))
+    there = _names_below(folder)
     missing = [image["file_name"] for image in annotations.images.values() if image["file_name"] not in there]
-    if missing and "/" not in missing[0]:
+    if missing:
         raise InputError(
             f"{place.uri}: {len(missing):,} of its {len(annotations.images):,} images are not in {folder.uri}, the "
             f"first is {missing[0]}; give their folder as `images`"
@@ -200,8 +213,20 @@ def _read_dataset(config: DatasetConfig, *, clip: bool) -> tuple[Annotations, Lo
     return annotations, folder
 
 
+def _names_below(folder: Location) -> set[str]:
+    try:
+        return {file.name for file in list_files(folder)}
+    except FileNotFoundError:
+        return set()
+
+
 def _reduced(annotations: Annotations, names: Sequence[str], source: str) -> Annotations:
     wanted = set(names)
+    strangers = wanted - {str(image["file_name"]) for image in annotations.images.values()}
+    if strangers and len(strangers) < len(wanted):
+        raise InputError(
+            f"{source}: {len(strangers):,} of its names, such as {min(strangers)}, are not in {annotations.uri}"
+        )
     images = {index: image for index, image in annotations.images.items() if image["file_name"] in wanted}
     if not images:
         raise InputError(f"{source}: names no image of {annotations.uri}")

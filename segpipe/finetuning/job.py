@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segpipe.errors import OutputError
+from segpipe.errors import InputError, OutputError
 from segpipe.finetuning.augmentation import Augment
 from segpipe.finetuning.dataset import LabelledData, TrainingSet, mix, read_data
 from segpipe.finetuning.measuring import measure
@@ -88,7 +88,6 @@ def finetune(
         DivergedError: if the loss is no number any more.
     """
     started = time.perf_counter()
-    folder = Folder(Path(config.output.uri), config)
     device = choose_device(config.train.device)
     if config.train.threads != "auto":
         torch.set_num_threads(config.train.threads)
@@ -98,6 +97,7 @@ def finetune(
         on_progress(FinetuneProgress(line))
     torch.manual_seed(mix(config.train.seed))  # heads that start anew
     start = build_network(config.network, data.categories)
+    folder = Folder(Path(config.output.uri), config, {**data.identity(), "start": start.source})
     on_progress(FinetuneProgress(_describe(data, start.source, len(start.fresh), device)))
     samples = TrainingSet(data.train, Augment(config.augmentation), seed=config.train.seed)
     trainer = Trainer(start.model, samples, config.train, device=device)
@@ -106,10 +106,14 @@ def finetune(
     first_step, unusable = trainer.step, dict.fromkeys(best.unusable)
     num_steps = config.train.epochs * trainer.steps_per_epoch
     saved_at = time.perf_counter()
+    num_empty = 0
     for epoch in range(trainer.step // trainer.steps_per_epoch, config.train.epochs):
         for step in trainer.steps(epoch):
             unusable.update(dict.fromkeys(step.problems))
             folder.log(step)
+            num_empty = 0 if step.losses else num_empty + 1
+            if num_empty >= trainer.steps_per_epoch:
+                raise InputError(f"data.train: not one image can be used; the first: {next(iter(unusable), '')}")
             rate = (time.perf_counter() - started) / max(1, step.number - first_step)
             on_progress(FinetuneProgress("", step, num_steps, left_s=rate * (num_steps - step.number)))
             is_last = step.number % trainer.steps_per_epoch == 0  # saved after it was measured
@@ -163,10 +167,10 @@ class _Context:
 class Folder:
     """The folder of results, on this machine."""
 
-    def __init__(self, path: Path, config: FinetuneConfig) -> None:
+    def __init__(self, path: Path, config: FinetuneConfig, identity: Mapping[str, object]) -> None:
         self._path = path
         self._config = config
-        self._binding = json.loads(json.dumps(binding_settings(config)))
+        self._binding = json.loads(json.dumps({**binding_settings(config), **identity}))
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -237,7 +241,7 @@ class Folder:
             "epoch": now.epoch,
             "images": len(context.data.train),
             "figures": {name: round(value, 4) for name, value in now.figures.items()},
-            "settings": {**self._binding, "output.start_share": self._config.output.start_share},
+            "settings": self._binding,
             "versions": versions(),
         }
         save_network(

@@ -97,6 +97,11 @@ def as_saved(model: MaskRCNN, start: Mapping[str, Tensor], config: FinetuneOutpu
             for name, tensor in saved.state_dict().items()
         }
         saved.load_state_dict(mixed)
+    if config.dtype == "float16":  # measured as it is read back
+        rounded = {
+            name: one.half().float() if one.is_floating_point() else one for name, one in saved.state_dict().items()
+        }
+        saved.load_state_dict(rounded)
     if config.min_size != "auto":
         saved.transform.min_size = (config.min_size,)
     if config.max_size != "auto":

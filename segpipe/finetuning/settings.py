@@ -10,7 +10,10 @@ from segpipe.errors import ConfigError
 from segpipe.sections import Auto, Section, describe_sections, load_sections, setting
 
 # What marks a run's checkpoint as incompatible with another start: everything but where, how long and how watched.
-_FREE_KEYS = frozenset({"network.licence", "train.epochs", "train.num_workers", "train.device", "train.threads"})
+_FREE_KEYS = frozenset({
+    "network.licence", "output.uri", "train.epochs", "train.num_workers", "train.device", "train.threads",
+    "train.save_minutes",
+})  # fmt: skip
 
 
 class DatasetConfig(Section):
@@ -73,7 +76,10 @@ class TrainConfig(Section):
     )
     momentum: float = setting(0.9, "how much of the last step sgd keeps; 0 to 1", ge=0, lt=1)
     weight_decay: float = setting(1e-4, "pulls weights to zero; 0 to 1", ge=0, le=1)
-    warmup_steps: int = setting(1000, "steps in which the learning rate rises from a thousandth; 0 or more", ge=0)
+    warmup_steps: Auto | Annotated[int, Field(ge=0)] = setting(
+        "auto",
+        "steps in which the learning rate rises from a thousandth; 0 or more; auto is 1000, or the first epoch if less",
+    )
     schedule: Literal["steps", "cosine"] = setting(
         "steps", "after the warm-up: steps (at the milestones), or cosine to 0"
     )
@@ -179,7 +185,7 @@ def binding_settings(config: FinetuneConfig) -> dict[str, object]:
         for section, values in config.model_dump(mode="json").items()
         for key, value in values.items()
     }
-    return {key: value for key, value in flat.items() if key not in _FREE_KEYS and not key.startswith("output.")}
+    return {key: value for key, value in flat.items() if key not in _FREE_KEYS}
 
 
 def finetune_reference_yaml() -> str:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from torchvision.models.detection import MaskRCNN
@@ -22,6 +21,7 @@ from segpipe.finetuning.dataset import EpochBatches, Sample, TrainingSet, keep_l
 from segpipe.finetuning.settings import TrainConfig
 
 _WARMUP_FACTOR = 1e-3
+_WARMUP_STEPS = 1000
 
 # torchvision's names of the losses, and those of the paper: L = L_cls + L_box + L_mask, and two of the proposals.
 LOSSES: Mapping[str, str] = {
@@ -66,10 +66,11 @@ class Trainer:
         self.model = model.to(device)
         self.average = _averaged(self.model, config.average_decay)
         self.steps_per_epoch = -(-len(data) // config.batch_size)
+        asked = config.warmup_steps
+        self._warmup_steps = min(_WARMUP_STEPS, self.steps_per_epoch - 1) if asked == "auto" else asked
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._parameters = parameters
         self._optimizer = _optimizer(parameters, config)
-        self._schedule = LambdaLR(self._optimizer, self._factor)
         self._dtype = choose_precision(config.precision, device)
         self._scaler = torch.amp.GradScaler(device, enabled=self._dtype == torch.float16)
         self.step = 0
@@ -104,7 +105,6 @@ class Trainer:
             "model": self.model.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self._optimizer.state_dict(),
-            "schedule": self._schedule.state_dict(),
             "scaler": self._scaler.state_dict(),
         }
 
@@ -115,18 +115,18 @@ class Trainer:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self._optimizer.load_state_dict(state["optimizer"])
-        self._schedule.load_state_dict(state["schedule"])
         self._scaler.load_state_dict(state["scaler"])
 
     def _take(self, epoch: int, samples: Sequence[Sample]) -> Step:
-        rate = float(self._schedule.get_last_lr()[0])
+        rate = self._config.learning_rate * self._factor(self.step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
         problems = tuple(sample.problem for sample in samples if sample.problem is not None)
         usable = [sample for sample in samples if sample.problem is None]
         losses: dict[str, float] = {}
         if usable:
             torch.manual_seed(mix(self._config.seed, self.step))  # proposals and RoIs are sampled at random
             losses = self._learn(usable)
-        self._schedule.step()
         self.step += 1
         return Step(self.step, epoch, losses, rate, problems)
 
@@ -160,11 +160,12 @@ class Trainer:
     def _factor(self, step: int) -> float:
         """Return what the learning rate is multiplied by at a step, 0-based."""
         config = self._config
-        if step < config.warmup_steps:
-            return _WARMUP_FACTOR + (1 - _WARMUP_FACTOR) * step / config.warmup_steps
+        warmup = self._warmup_steps
+        if step < warmup:
+            return _WARMUP_FACTOR + (1 - _WARMUP_FACTOR) * step / warmup
         if config.schedule == "cosine":
-            total = max(1, config.epochs * self.steps_per_epoch - config.warmup_steps)
-            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - config.warmup_steps) / total)))
+            total = max(1, config.epochs * self.steps_per_epoch - warmup)
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / total)))
         passed = sum(step >= milestone * self.steps_per_epoch for milestone in config.milestones)
         return float(config.gamma**passed)
 

@@ -127,24 +127,26 @@ class Watchdog:
         self._limit_s = limit_s
         self._deadline: float | None = None
         self._what = ""
-        self._thread: threading.Thread | None = None
+        self._stopped: threading.Event | None = None
 
     def wind_up(self, what: str, times: int = 1) -> None:
         """Give a step its time: the limit for each of its images."""
         self._what, self._deadline = what, time.monotonic() + times * self._limit_s
         faulthandler.dump_traceback_later(times * self._limit_s + _BACKSTOP_S, exit=True, file=2)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._watch, name="segpipe-watchdog", daemon=True)
-            self._thread.start()
+        if self._stopped is None:
+            self._stopped = threading.Event()
+            threading.Thread(target=self._watch, args=(self._stopped,), name="segpipe-watchdog", daemon=True).start()
 
     def rest(self) -> None:
-        """Stop watching until the next step."""
+        """Stop watching until the next step; no thread is left behind."""
         self._deadline = None
+        if self._stopped is not None:
+            self._stopped.set()
+            self._stopped = None
         faulthandler.cancel_dump_traceback_later()
 
-    def _watch(self) -> None:
-        while True:
-            time.sleep(min(1.0, self._limit_s / 4))
+    def _watch(self, stopped: threading.Event) -> None:
+        while not stopped.wait(min(1.0, self._limit_s / 4)):
             deadline = self._deadline
             if deadline is not None and time.monotonic() > deadline:
                 logger.error(
