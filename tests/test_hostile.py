@@ -122,9 +122,9 @@ def test_names_with_sql_html_and_control_characters_stay_text(tmp_path):
     names = set(read_table(str(tmp_path / "lake"), "images")["image_id"].to_pylist())
     assert names == {*possible, "not utf8 \\xff.png"}
     glob = str(tmp_path / "lake" / "images" / "*" / "*.parquet")
-    assert duckdb.execute("SELECT count(*) FROM read_parquet(?) WHERE image_id = ?", [glob, NAMES[0]]).fetchone() == (
-        1,
-    )
+    with duckdb.connect() as connection:
+        query = "SELECT count(*) FROM read_parquet(?) WHERE image_id = ?"
+        assert connection.execute(query, [glob, NAMES[0]]).fetchall() == [(1,)]
     assert all(found.is_valid for found in validate(str(tmp_path / "lake")))
 
 
