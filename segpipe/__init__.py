@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from segpipe.coco.exporting import export_coco
     from segpipe.coco.importing import import_coco
+    from segpipe.coco.notes import EvaluationOptions
     from segpipe.config import Config, load_config
     from segpipe.doctor import examine
     from segpipe.errors import RequestError, SegpipeError, StoreError
-    from segpipe.evaluation import EvaluationOptions, evaluate
+    from segpipe.evaluation import evaluate
     from segpipe.finetuning.job import finetune
     from segpipe.finetuning.settings import FinetuneConfig, load_finetune_config
     from segpipe.lake import read_table
@@ -27,7 +28,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Config": "config",
-    "EvaluationOptions": "evaluation",
+    "EvaluationOptions": "coco.notes",
     "FinetuneConfig": "finetuning.settings",
     "RequestError": "errors",
     "SegpipeError": "errors",

@@ -2,24 +2,22 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from segpipe.coco.annotations import Annotations, GroupBy, describe_problems, read_annotations, regroup
 from segpipe.coco.confusion import count_confusions
 from segpipe.coco.exporting import CocoView
 from segpipe.coco.figures import Figures, IouType, compute_figures
 from segpipe.coco.matching import match_categories
+from segpipe.coco.notes import EvaluationOptions, Found, match_notes, run_notes
 from segpipe.coco.plots import draw_confusion, draw_precision
 from segpipe.errors import OutputError
 from segpipe.lake import choose_run, read_categories
 from segpipe.layout import RunLayout
-from segpipe.runs import RunRecord, read_run
+from segpipe.runs import read_run
 from segpipe.storage import locate
 
-# What COCO's figures look at, and torchvision measures with; results above it are missed by a run that keeps less.
-_USUAL_SCORE_FLOOR = 0.05
 _CONFUSION_SCORE = 0.5
 _WORST_CATEGORIES = 12
 
@@ -62,34 +60,6 @@ class Evaluation:
     files: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class EvaluationOptions:
-    """What is measured.
-
-    Attributes:
-        max_dets: instances of each image and category that count.
-        by: what the run's categories are in the dataset: its categories, or its supercategories.
-        matched_only: look only at the annotated images that the run has.
-    """
-
-    max_dets: int = 100
-    by: GroupBy = "category"
-    matched_only: bool = False
-
-
-@dataclass
-class _Found:
-    """What the run says about the annotated images."""
-
-    results: list[dict[str, Any]] = field(default_factory=list)
-    image_ids: set[int] = field(default_factory=set)
-    num_failed: int = 0
-    num_capped: int = 0
-    num_foreign: int = 0
-    has_masks: bool = True
-    num_boxes_alone: int = 0
-
-
 def evaluate(
     output: str,
     *,
@@ -122,22 +92,10 @@ def evaluate(
     truth = _in_run_terms(given, names, options.by)
     found = _collect(CocoView(layout, truth))
     image_ids = sorted(found.image_ids) if options.matched_only else sorted(truth.images)
-    dataset = truth.as_dataset()
-    kinds: list[IouType] = ["segm", "bbox"] if found.has_masks else ["bbox"]
-    masked = [result for result in found.results if "segmentation" in result]
-    figures: dict[str, Figures] = {
-        kind: compute_figures(
-            dataset,
-            masked if kind == "segm" else found.results,
-            iou_type=kind,
-            max_dets=_max_dets(options.max_dets),
-            image_ids=image_ids,
-        )
-        for kind in kinds
-    }
+    figures = _figures(truth, found, image_ids, options)
     warnings = (
-        *_run_warnings(read_run(layout), found, options.max_dets),
-        *_match_warnings(given, names, found, options),
+        *run_notes(read_run(layout), found, options.max_dets),
+        *match_notes(given, names, found, options),
         *describe_problems(given.problems),
     )
     looked_at = _reduced(truth, image_ids)
@@ -155,6 +113,20 @@ def evaluate(
     return _written(evaluation, Path(folder), figures, looked_at, found, options)
 
 
+def _figures(
+    truth: Annotations, found: Found, image_ids: Sequence[int], options: EvaluationOptions
+) -> dict[str, Figures]:
+    """Return the figures of masks and boxes, or of boxes alone where the run has no mask."""
+    dataset, limits = truth.as_dataset(), _max_dets(options.max_dets)
+    masked = [result for result in found.results if "segmentation" in result]
+    kinds: dict[IouType, list[dict[str, Any]]] = {"segm": masked} if found.has_masks else {}
+    kinds["bbox"] = found.results
+    return {
+        kind: compute_figures(dataset, results, iou_type=kind, max_dets=limits, image_ids=image_ids)
+        for kind, results in kinds.items()
+    }
+
+
 def _in_run_terms(given: Annotations, names: Mapping[int, str], by: GroupBy) -> Annotations:
     """Return the annotations of the categories that the run knows; by supercategory, in the run's ids."""
     ids = match_categories(names, given, by=by)
@@ -163,8 +135,8 @@ def _in_run_terms(given: Annotations, names: Mapping[int, str], by: GroupBy) -> 
     return given
 
 
-def _collect(view: CocoView) -> _Found:
-    found = _Found()
+def _collect(view: CocoView) -> Found:
+    found = Found()
     for ids, images, instances in view.chunks():
         found.image_ids |= set(ids.values())
         found.num_foreign += images.num_rows - len(ids)
@@ -180,67 +152,6 @@ def _collect(view: CocoView) -> _Found:
 
 def _max_dets(largest: int) -> tuple[int, int, int]:
     return (min(1, largest), min(10, largest), largest)
-
-
-def _run_warnings(record: RunRecord | None, found: _Found, max_dets: int) -> list[str]:
-    """Say what of the run's settings makes its figures lower than the model's."""
-    settings = record.settings if record else {}
-    warnings = []
-    if record is not None and record.state != "done":
-        warnings.append(f"the run is {record.state}: its missing images count as empty; finish it first")
-    floor = settings.get("model.score_threshold", 0)
-    if floor > _USUAL_SCORE_FLOOR:
-        warnings.append(
-            f"the run kept only scores above {floor}, which lowers AP; run with model.score_threshold 0.05 to compare"
-        )
-    warnings += [
-        f"the run was made with {key}, which lowers AP; leave it out to compare"
-        for key in ("model.category_thresholds", "model.categories")
-        if settings.get(key)
-    ]
-    kept = settings.get("model.max_instances", max_dets)
-    if kept < max_dets:
-        capped = f" and cut {found.num_capped:,} of these images" if found.num_capped else ""
-        warnings.append(
-            f"the run kept {kept} instances an image{capped}, AP looks at {max_dets}; run with model.max_instances "
-            f"{max_dets}, or give --max-dets {kept}"
-        )
-    return warnings
-
-
-def _match_warnings(
-    given: Annotations, names: Mapping[int, str], found: _Found, options: EvaluationOptions
-) -> list[str]:
-    """Say what of the run and of the annotations has no counterpart."""
-    warnings = []
-    missing = len(given.images) - len(found.image_ids)
-    if missing and not options.matched_only:
-        warnings.append(
-            f"{missing:,} of the {len(given.images):,} annotated images are not in the run and count as empty; "
-            f"run them too, or give --matched-only"
-        )
-    if found.has_masks and found.num_boxes_alone:
-        warnings.append(f"{found.num_boxes_alone:,} instances of the run have no mask and count for boxes alone")
-    if found.num_foreign:
-        warnings.append(f"{found.num_foreign:,} images of the run are not annotated and are left out")
-    if found.num_failed:
-        warnings.append(f"{found.num_failed:,} annotated images failed in the run and count as empty; see error_type")
-    ids = match_categories(names, given, by=options.by)
-    moved = [index for index, target in ids.items() if index != target]
-    if moved:
-        index = moved[0]
-        warnings.append(
-            f"category ids differ ({names[index]} is {index} in the run, {ids[index]} in the annotations), so they are "
-            f"matched by name; `segpipe export coco --annotations` writes the annotations' ids"
-        )
-    if options.by == "category":
-        unknown = sorted({str(one["name"]) for one in given.categories.values()} - set(names.values()))
-        if unknown:
-            warnings.append(
-                f"{len(unknown)} annotated categories are unknown to the run ({', '.join(unknown[:5])}) and count as "
-                f"never found; evaluate with annotations of the model's own categories to compare"
-            )
-    return warnings
 
 
 def _reduced(truth: Annotations, image_ids: Sequence[int]) -> Annotations:
@@ -267,7 +178,7 @@ def _by_category(truth: Annotations, figures: Mapping[str, Figures]) -> tuple[Ca
 
 
 def _written(
-    evaluation: Evaluation, folder: Path, figures: Mapping[str, Figures], truth: Annotations, found: _Found,
+    evaluation: Evaluation, folder: Path, figures: Mapping[str, Figures], truth: Annotations, found: Found,
     options: EvaluationOptions,
 ) -> Evaluation:  # fmt: skip
     names = [str(truth.categories[index]["name"]) for index in sorted(truth.categories)]

@@ -37,8 +37,8 @@ def evaluate(
     segpipe eval lake/ --annotations instances_val2017.json
     segpipe eval lake/ --annotations instances.json --run demo-0a1b2c3d --by-supercategory --matched-only
     """
+    from segpipe.coco.notes import EvaluationOptions
     from segpipe.console.coco import print_evaluation
-    from segpipe.evaluation import EvaluationOptions
     from segpipe.evaluation import evaluate as measure
     from segpipe.lake import choose_run
     from segpipe.storage import locate
