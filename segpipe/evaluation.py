@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from segpipe.coco.annotations import Annotations, GroupBy, describe_problems, read_annotations, regroup
 from segpipe.coco.confusion import count_confusions
