@@ -9,7 +9,7 @@ Then use it: segpipe run --weights finetuned/best.safetensors --input photos/ --
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -20,6 +20,9 @@ from segpipe.console.progress import duration
 from segpipe.errors import RequestError, SegpipeError
 from segpipe.finetuning.settings import load_finetune_config
 from segpipe.sections import parse_assignment
+
+if TYPE_CHECKING:
+    from segpipe.finetuning.job import FinetuneProgress
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -33,12 +36,8 @@ class Reporter:
     def __init__(self) -> None:
         self._last_at = 0.0
 
-    def show(self, progress: object) -> None:
+    def show(self, progress: "FinetuneProgress") -> None:
         """Take note of what has just happened."""
-        from segpipe.finetuning.job import FinetuneProgress
-
-        if not isinstance(progress, FinetuneProgress):
-            raise TypeError(type(progress))
         if progress.phase:
             _CONSOLE.print(escape(progress.phase))
         if progress.figures:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from segpipe.attempts import Attempt, begin_attempt, end_attempt, note_attempt, sweep_attempts
-from segpipe.errors import ConfigError
+from segpipe.errors import ConfigError, StoreError
 from segpipe.lake import read_table
 from segpipe.layout import RunLayout
 from segpipe.pipeline import run
@@ -223,11 +223,25 @@ def test_limits_out_of_range_are_refused(tmp_path):
         config(tmp_path, tmp_path / "lake", resources__max_image_seconds=0)
 
 
-@pytest.mark.slow
-def test_chaos_loses_nothing():
-    """The short form of jobs/chaos.py; its long form is in docs/measurements.md."""
-    command = [sys.executable, "jobs/chaos.py", "--schedules", "4", "--seed", "3"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    figures = json.loads(done.stdout.splitlines()[-1])
-    assert (figures["schedules"], figures["lost"], figures["twice"], figures["invalid"]) == (4, 0, 0, 0)
+def test_a_store_that_takes_no_note_leaves_the_chunk_pending(tmp_path, monkeypatch):
+    """Also in a careful attempt, which writes a note before every step: a fault of the store ends no run."""
+    source = write_photos(tmp_path / "in", range(3))
+    chosen = config(source, tmp_path / "lake")
+    layout = RunLayout(Location(str(tmp_path / "lake")), run(chosen).run_id)
+    (image_file,) = (tmp_path / "lake" / "images").rglob("*.parquet")
+    chunk = ChunkId(image_file.stem, ".", 0, 1, chunk_version_of(tmp_path / "lake"))
+    image_file.unlink()
+    note_attempt(layout, chunk, Attempt(chunk.version))
+
+    def refuse(*_):
+        raise StoreError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("segpipe.stages.guard.note_attempt", refuse)
+        summary = run(chosen)
+    assert summary.state == "unfinished"
+    assert summary.faults[0].message == "no space left"
+    with monkeypatch.context() as patch:
+        patch.setattr("segpipe.stages.guard.begin_attempt", refuse)
+        assert run(chosen).state == "unfinished"
+    assert run(chosen).state == "done"

@@ -114,3 +114,11 @@ def test_killed_at_each_step_nothing_is_lost_or_twice(tmp_path, sick_decoder, mo
     run(config(source, tmp_path / "expected", input__chunk_images=2))
     assert_same_rows(tmp_path / "lake", tmp_path / "expected")
     assert all(found.is_valid for found in validate(str(tmp_path / "lake")))
+
+
+def test_a_condition_without_its_option_is_refused(tmp_path):
+    command = [sys.executable, "-m", "segpipe", "run", "-i", str(tmp_path), "-o", "lake", "--where", "TRUE"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (
+        2, "error: --where: says which failed images to try again; give --retry-failed with it\n"
+    )  # fmt: skip

@@ -22,6 +22,7 @@ from segpipe.cli.options import (
     interruptible,
     load,
 )
+from segpipe.errors import ConfigError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -41,8 +42,8 @@ def run(
     refresh: Refresh = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Segment failed images again.")] = False,
     where: Annotated[
-        str, typer.Option(help="With --retry-failed: which, as SQL over images: \"error_type = 'TimedOut'\".")
-    ] = "TRUE",
+        str | None, typer.Option(help="With --retry-failed: which, as SQL over images: \"error_type = 'TimedOut'\".")
+    ] = None,
 ) -> None:
     """Segment every image of an input into the tables of a lake; the same command again resumes.
 
@@ -59,13 +60,15 @@ def run(
         "resources.ray_address": ray_address,
         "output.run_id": run_id,
     }
+    if where is not None and not retry_failed:
+        raise ConfigError("--where: says which failed images to try again; give --retry-failed with it")
     chosen = load(config, options, set_)
     from segpipe.console.progress import ProgressLine, quiet_native_output
     from segpipe.console.runs import print_summary
     from segpipe.pipeline import run as run_pipeline
 
     with interruptible(), quiet_native_output() as stderr, ProgressLine(stderr) as line:
-        retry_where = where if retry_failed else None
+        retry_where = (where or "TRUE") if retry_failed else None
         summary = run_pipeline(chosen, limit=limit, refresh=refresh, retry_where=retry_where, on_progress=line.show)
     print_summary(summary)
     raise typer.Exit(summary.exit_code)

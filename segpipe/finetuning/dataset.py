@@ -6,7 +6,6 @@ would have seen, whatever the number of loading processes.
 
 import hashlib
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,6 @@ from torchvision import tv_tensors
 
 from segpipe.coco.annotations import (
     Annotations,
-    GroupBy,
     category_names,
     describe_problems,
     read_annotations,
@@ -33,8 +31,6 @@ from segpipe.images import decode_image
 from segpipe.listing import list_files
 from segpipe.records import Location
 from segpipe.storage import list_names, locate, read_bytes
-
-logger = logging.getLogger(__name__)
 
 _MAX_PIXELS = 200_000_000
 SampleKey = tuple[int, int]
@@ -176,7 +172,7 @@ def read_data(config: DataConfig) -> LabelledData:
     images = [
         image
         for annotations, folder in train
-        for image in _labelled(_wanted(annotations, labels, config.group_by), folder)
+        for image in _labelled(regroup(annotations, labels, by=config.group_by), folder)
         if image.annotations or config.keep_empty
     ]
     if not any(image.annotations for image in images):
@@ -187,12 +183,8 @@ def read_data(config: DataConfig) -> LabelledData:
         for annotations, _ in train + validation
         for line in describe_problems(annotations.problems)
     ]
-    measured = tuple((_wanted(annotations, labels, config.group_by), folder) for annotations, folder in validation)
+    measured = tuple((regroup(annotations, labels, by=config.group_by), folder) for annotations, folder in validation)
     return LabelledData({index: name for name, index in labels.items()}, tuple(images), measured, tuple(problems))
-
-
-def _wanted(annotations: Annotations, labels: Mapping[str, int], by: GroupBy) -> Annotations:
-    return regroup(annotations, labels, by=by)
 
 
 def _read_dataset(config: DatasetConfig, *, clip: bool) -> tuple[Annotations, Location]:

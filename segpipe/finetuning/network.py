@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,6 @@ from segpipe.models.networks import BUILDERS, apply_preprocessing, preprocessing
 from segpipe.models.weights import read_state, resolve_model
 from segpipe.records import Location
 from segpipe.storage import locate, write_bytes
-
-logger = logging.getLogger(__name__)
 
 # torchvision's name of a network's backbone, and which of its ImageNet weights to start from.
 _BACKBONES = {

@@ -50,24 +50,27 @@ class ChunkProcessor:
             return chunk
         try:
             attempt = begin_attempt(self._layout, chunk.id)
-        except StoreError as error:
-            return Fault(chunk.id.name, "segment", str(error))
-        try:
             return self._try(chunk, attempt)
+        except StoreError as error:  # of a note, or of rows that stand; commit_chunk answers for its own
+            return Fault(chunk.id.name, "segment", str(error))
         finally:
             self._watchdog.rest()
 
     def _try(self, chunk: EncodedChunk, attempt: Attempt) -> Committed | Fault:
+        afresh = replace(attempt, count=1)
         try:
             outcome, attempt = self._process(chunk, attempt)
         except BaseException:
-            end_attempt(self._layout, chunk.id, replace(attempt, count=1))  # nobody died: begin afresh the next time
+            self._end(chunk, afresh)  # nobody died: begin afresh the next time
             raise
+        self._end(chunk, attempt)
+        return outcome
+
+    def _end(self, chunk: EncodedChunk, attempt: Attempt) -> None:
         try:
             end_attempt(self._layout, chunk.id, attempt)
-        except StoreError as error:
+        except StoreError as error:  # a note that stays makes the next attempt careful, and no more
             logger.info("attempt_note_removed=false chunk=%s reason=%s", chunk.id.name, error)
-        return outcome
 
     def _process(self, chunk: EncodedChunk, attempt: Attempt) -> tuple[Committed | Fault, Attempt]:
         if attempt.barren >= _MAX_BARREN:
